@@ -1,0 +1,64 @@
+"""The typed base for anyone's own client."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from sfl.types import ClientUpdate, Config, Evaluation, Parameters
+
+
+class BaseFederatedClient(ABC):
+    """One site's training code. Subclass it, implement two methods, hand the class to a recipe.
+
+    Example:
+        >>> import numpy as np
+        >>> class Mean(BaseFederatedClient):
+        ...     def compute_update(self, parameters, config):
+        ...         return {"w": parameters["w"] + 1.0}, 10, {"loss": 0.5}
+        ...     def evaluate(self, parameters, config):
+        ...         return float(parameters["w"].sum()), 10, {}
+        >>> Mean(client_id=3).client_id
+        3
+
+    Attributes:
+        client_id: Index of the site, from 0.
+        site: Its name, e.g. ``"site-1"``; set by the engine before the first task.
+        device: Where it should compute.
+        state: What this site must remember from one round to the next (arrays, numbers, strings, in dicts and lists).
+            It is checkpointed with the run. Anything kept elsewhere on ``self`` is lost by a resume.
+        lends_arrays: Whether the arrays that ``compute_update`` returns may be overwritten by the caller. A client
+            that trains a resident model sets it, and spares one copy of the model.
+    """
+
+    lends_arrays: ClassVar[bool] = False
+
+    def __init__(self, client_id: int = 0, device: str = "cpu", **kwargs: Any) -> None:
+        """Take the identity that the engine hands out.
+
+        Raises:
+            TypeError: On a keyword that no class on the way consumed; almost always a misspelling.
+        """
+        if kwargs:
+            names = ", ".join(sorted(kwargs))
+            raise TypeError(f"{type(self).__name__} got unexpected arguments: {names}. Consume them in __init__.")
+        self.client_id = client_id
+        self.device = device
+        self.site = f"site-{client_id + 1}"
+        self.state: dict[str, Any] = {}
+
+    @abstractmethod
+    def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
+        """Train locally.
+
+        Args:
+            parameters: The global parameters; read-only, shared by all clients of a worker.
+            config: ``round``, ``seed`` and the recipe's own scalars.
+
+        Returns:
+            The updated parameters (same names and shapes), the positive number of examples, and metrics.
+        """
+
+    @abstractmethod
+    def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
+        """Evaluate the parameters on local held-out data: mean loss, over how many examples, metrics."""

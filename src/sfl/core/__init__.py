@@ -1,0 +1,1 @@
+"""The algebra of a round: numpy and the standard library only."""

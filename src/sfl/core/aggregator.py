@@ -1,0 +1,106 @@
+"""Aggregators: many updates become one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from sfl.core import arrays
+from sfl.core.task import SERVER, Update
+from sfl.errors import RoundError
+from sfl.types import Array, Parameters
+
+Needs = Literal["sum", "individual"]
+
+
+class Aggregator(ABC):
+    """Takes an iterable of updates in site order, returns their aggregate.
+
+    Attributes:
+        needs: ``"sum"`` streams: each update is valid until the next is drawn, memory stays O(P), and secure
+            aggregation can stand in for it. ``"individual"``, the safe default, receives copies that it may keep.
+    """
+
+    needs: ClassVar[Needs] = "individual"
+
+    @abstractmethod
+    def aggregate(self, updates: Iterable[Update]) -> Update:
+        """The aggregate: an update named ``"server"`` whose arrays belong to the caller.
+
+        Raises:
+            RoundError: If there is no update.
+        """
+
+
+class WeightedMean(Aggregator):
+    """The mean of deltas weighted by ``weight``: Σ wᵢ δᵢ / Σ wᵢ (McMahan et al. 2017, Algorithm 1).
+
+    One fused pass per update, in site order. A name that some site left out counts as zero there. Integer arrays are
+    averaged in float64.
+
+    | input | result |
+    |---|---|
+    | one site | that site's delta, to rounding |
+    | a zero delta | counts with its weight |
+    | NaN, inf, wrong shape | never arrives: rejected before |
+    """
+
+    needs: ClassVar[Needs] = "sum"
+
+    def aggregate(self, updates: Iterable[Update]) -> Update:
+        """The weighted mean; see the class."""
+        total, weight = weighted_sum(updates)
+        for value in total.values():
+            value /= weight
+        return Update(site=SERVER, delta=total, weight=weight)
+
+
+class Sum(Aggregator):
+    """The plain sum of deltas, weights ignored."""
+
+    needs: ClassVar[Needs] = "sum"
+
+    def aggregate(self, updates: Iterable[Update]) -> Update:
+        """Σ δᵢ; its weight is the number of updates."""
+        count = 0.0
+        total: Parameters = {}
+        for update in updates:
+            _accumulate(total, update, 1.0)
+            count += 1.0
+        return Update(site=SERVER, delta=_some(total, count), weight=count)
+
+
+def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
+    """Σ wᵢ δᵢ and Σ wᵢ, streaming.
+
+    Raises:
+        RoundError: If there is no update.
+    """
+    weight = 0.0
+    total: Parameters = {}
+    for update in updates:
+        _accumulate(total, update, update.weight)
+        weight += update.weight
+    return _some(total, weight), weight
+
+
+def _accumulate(total: Parameters, update: Update, weight: float) -> None:
+    for name, value in update.delta.items():
+        if name in total:
+            arrays.add_scaled(total[name], value, weight)
+        else:
+            total[name] = _first(value, weight)
+
+
+def _first(value: Array, weight: float) -> Array:
+    dtype = value.dtype if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else np.dtype(np.float64)
+    return np.multiply(value, weight, dtype=dtype)
+
+
+def _some(total: Parameters, weight: float) -> Parameters:
+    if weight <= 0.0:
+        raise RoundError("an aggregate must have at least one update, got none.")
+    return total

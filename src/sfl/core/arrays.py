@@ -1,0 +1,114 @@
+"""Named functions on ``Parameters``. No class hierarchy: a model is a dict of arrays.
+
+Large models are walked in blocks that stay in the processor's cache, so that a subtraction with its check, or a
+scaled addition, is one pass over memory and needs no temporary of the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from sfl.types import Array, Parameters
+
+BLOCK = 1 << 16  # elements; a float32 block and its partner fit a 1-MB second-level cache
+
+
+def zeros_like(parameters: Mapping[str, Array]) -> Parameters:
+    """Zeros of the same names, shapes and dtypes."""
+    return {name: np.zeros_like(value) for name, value in parameters.items()}
+
+
+def copy(parameters: Mapping[str, Array]) -> Parameters:
+    """A deep, writable copy."""
+    return {name: np.array(value) for name, value in parameters.items()}
+
+
+def add(left: Mapping[str, Array], right: Mapping[str, Array]) -> Parameters:
+    """``left + right``, name by name (names of ``left``)."""
+    return {name: value + right[name] for name, value in left.items()}
+
+
+def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Parameters:
+    """``left - right``, name by name (names of ``left``)."""
+    return {name: value - right[name] for name, value in left.items()}
+
+
+def scale(parameters: Mapping[str, Array], factor: float) -> Parameters:
+    """``factor * parameters``; each array keeps its dtype."""
+    return {name: np.multiply(value, factor, dtype=value.dtype) for name, value in parameters.items()}
+
+
+def num_parameters(parameters: Mapping[str, Array]) -> int:
+    """Number of scalars."""
+    return sum(value.size for value in parameters.values())
+
+
+def nbytes(parameters: Mapping[str, Array]) -> int:
+    """Size in bytes."""
+    return sum(value.nbytes for value in parameters.values())
+
+
+def l2_norm(parameters: Mapping[str, Array]) -> float:
+    """Euclidean norm over all arrays together, accumulated in float64. NaN and inf pass through.
+
+    >>> l2_norm({"a": np.array([3.0]), "b": np.array([4.0])})
+    5.0
+    """
+    total = 0.0
+    for value in parameters.values():
+        for block in blocks(value):
+            wide = block.astype(np.float64)
+            total += float(np.dot(wide, wide))
+    return math.sqrt(total)
+
+
+def blocks(value: Array) -> Iterator[Array]:
+    """The array as flat pieces of ``BLOCK`` elements; views where the memory is contiguous."""
+    flat = value.reshape(-1)
+    for start in range(0, flat.size, BLOCK):
+        yield flat[start : start + BLOCK]
+
+
+def is_finite(value: Array) -> bool:
+    """Whether no element is NaN or inf, in one pass and without a temporary of the array's size."""
+    if value.dtype.kind not in "fc":
+        return True
+    for block in blocks(value):
+        # A finite dot product proves finite elements; a huge but finite block overflows and is looked at closely.
+        # einsum warns of nothing on overflow, unlike dot.
+        if not math.isfinite(float(np.einsum("i,i->", block, block))) and not bool(np.isfinite(block).all()):
+            return False
+    return True
+
+
+def subtract_into(updated: Array, base: Array, out: Array) -> Array:
+    """``out = updated - base`` and returns it; ``out`` may be ``updated``."""
+    return np.subtract(updated, base, out=out)
+
+
+def add_scaled(total: Array, value: Array, factor: float) -> None:
+    """``total += factor * value`` in place, block by block (one pass over memory)."""
+    if value.size <= BLOCK:
+        total += value * factor
+        return
+    flat, source = total.reshape(-1), value.reshape(-1)
+    scratch = np.empty(BLOCK, dtype=total.dtype)
+    for start in range(0, source.size, BLOCK):
+        piece = source[start : start + BLOCK]
+        part = scratch[: piece.size]
+        np.multiply(piece, factor, out=part)
+        target = flat[start : start + BLOCK]
+        np.add(target, part, out=target)
+
+
+def read_only(parameters: Mapping[str, Array]) -> Parameters:
+    """Views that refuse to be written to: what every client of a worker shares."""
+    views: Parameters = {}
+    for name, value in parameters.items():
+        view = value.view()
+        view.flags.writeable = False
+        views[name] = view
+    return views

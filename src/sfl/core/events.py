@@ -1,0 +1,117 @@
+"""What happens in a run, as values. The loop says them; consoles, metric files and reports listen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sfl.core.task import Status
+from sfl.types import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """A run begins, or goes on after ``done`` rounds.
+
+    Attributes:
+        job: Name of the recipe.
+        clients: All sites, in order.
+        rounds: Rounds planned in all.
+        done: Rounds finished before (0 unless resumed).
+        num_parameters: Scalars that travel.
+        nbytes: Their size in bytes.
+        engine: The engine in words, e.g. ``"in-process, 2 workers on cpu"``.
+    """
+
+    job: str
+    clients: tuple[str, ...]
+    rounds: int
+    done: int
+    num_parameters: int
+    nbytes: int
+    engine: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStarted:
+    """A task goes out: ``stage`` is the task's name (``"fit"``, ``"evaluate"``) to the sites of ``cohort``."""
+
+    round: int
+    stage: str
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteFinished:
+    """One planned site ended one task.
+
+    Attributes:
+        round: The round (0 is the evaluation before the first).
+        stage: The task's name.
+        site: The site.
+        status: Used, failed, late or rejected.
+        reason: Why it was not used, for people.
+        details: A traceback, where there is one.
+        seconds: Time the site spent.
+        nbytes: Bytes of its delta.
+        num_examples: What its mean is over (0 unless used).
+        metrics: What it reported, ``loss`` among them.
+    """
+
+    round: int
+    stage: str
+    site: str
+    status: Status
+    reason: str = ""
+    details: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+    num_examples: float = 0.0
+    metrics: Metrics = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFinished:
+    """A round is over and checkpointed. Round 0 holds only the evaluations before the first.
+
+    Attributes:
+        round: The round.
+        fit: Weighted mean over the used sites of what they reported while training.
+        evaluation: Weighted mean over the sites of the new global model on each site's held-out data.
+        central: The new global model on the global held-out data (empty if the job has none).
+        sites: One entry for every planned site and stage, none left out.
+        seconds: Where the time went: fit, aggregate, evaluate, central, checkpoint.
+        bytes_down: Bytes of parameters to the cohort.
+        bytes_up: Bytes of deltas from it.
+    """
+
+    round: int
+    fit: Metrics
+    evaluation: Metrics
+    central: Metrics
+    sites: tuple[SiteFinished, ...]
+    seconds: Mapping[str, float]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something a person should know: ``level`` is ``"info"`` or ``"warning"``."""
+
+    text: str
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    """The run is over. ``reason`` is empty when all planned rounds were done."""
+
+    rounds: int
+    seconds: float
+    reason: str = ""
+
+
+Event: TypeAlias = RunStarted | StageStarted | SiteFinished | RoundFinished | Notice | RunFinished
+Observer: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,136 @@
+"""The words SFL is written in: parameters, configs, and what a client hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sfl.errors import ConfigError
+
+Array: TypeAlias = NDArray[Any]
+Scalar: TypeAlias = bool | int | float | str
+
+Parameters: TypeAlias = dict[str, Array]
+"""Named, ordered tensors of a model. Names carry freezing, adapters, per-layer clipping and exclusion."""
+
+Metrics: TypeAlias = dict[str, float]
+"""Named figures that a site reports beside its update. They are *not* protected by a mechanism."""
+
+Config: TypeAlias = Mapping[str, Scalar]
+"""What the server tells a client for one task: ``round``, ``seed``, and the recipe's own scalars."""
+
+ClientUpdate: TypeAlias = tuple[Parameters, int, Metrics]
+"""What ``compute_update`` returns: the updated parameters, how many examples they saw, metrics."""
+
+Evaluation: TypeAlias = tuple[float, int, Metrics]
+"""What ``evaluate`` returns: the mean loss, over how many examples, metrics."""
+
+StateTree: TypeAlias = Any
+"""A checkpointable value: ``None``, bool, int, float, str, ndarray, or a dict / list / tuple of those."""
+
+LogFormat: TypeAlias = Literal["rich", "simple", "json"]
+
+
+def _require(holds: bool, what: str, rule: str, value: object, remedy: str = "") -> None:
+    if not holds:
+        raise ConfigError(f"{what} must be {rule}, got {value!r}.{' ' + remedy if remedy else ''}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationConfig:
+    """Who takes part, for how long, and how a simulation shares out one data set.
+
+    Attributes:
+        num_clients: Number of sites in the federation.
+        num_rounds: Number of federated rounds.
+        fraction_fit: Share of the sites that is sampled to train in a round, in (0, 1].
+        min_available_clients: A round with fewer usable updates than this fails.
+        partition: How a simulation shares one data set among the sites: iid, dirichlet:ALPHA, key:FIELD or files.
+        seed: Seed of everything reproducible: sampling, partition, masking, data order. Never of noise or keys.
+        workers: Processes that train sites side by side; 0 means one per core. The result has the same bits.
+        round_timeout: Seconds after which a site that has not answered is late and left out; 0 means no limit.
+    """
+
+    num_clients: int = 2
+    num_rounds: int = 3
+    fraction_fit: float = 1.0
+    min_available_clients: int = 1
+    partition: str = "iid"
+    seed: int = 0
+    workers: int = 1
+    round_timeout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.num_clients >= 1, "num_clients", "at least 1", self.num_clients)
+        _require(self.num_rounds >= 1, "num_rounds", "at least 1", self.num_rounds)
+        _require(0.0 < self.fraction_fit <= 1.0, "fraction_fit", "in (0, 1]", self.fraction_fit)
+        _require(
+            1 <= self.min_available_clients <= self.num_clients,
+            "min_available_clients",
+            f"between 1 and num_clients={self.num_clients}",
+            self.min_available_clients,
+        )
+        _require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
+        _require(self.workers >= 0, "workers", "0 (one per core) or more", self.workers)
+        _require(self.round_timeout >= 0.0, "round_timeout", "0 (no limit) or seconds", self.round_timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    """How a site trains. Applications extend it with their own fields.
+
+    Attributes:
+        learning_rate: Step size of the local optimizer.
+        batch_size: Examples per local step.
+        local_epochs: Passes over the site's data in a round (not together with local_steps).
+        local_steps: Optimizer steps in a round (not together with local_epochs).
+        device: auto, cpu, cuda, cuda:N or mps.
+    """
+
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    local_epochs: int | None = None
+    local_steps: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate > 0.0 and bool(np.isfinite(self.learning_rate)),
+            "learning_rate",
+            "positive and finite",
+            self.learning_rate,
+        )
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        both = self.local_epochs is not None and self.local_steps is not None
+        _require(
+            not both,
+            "local work",
+            "given as local_epochs or as local_steps",
+            f"local_epochs={self.local_epochs} and local_steps={self.local_steps}",
+            "Remove one of them.",
+        )
+        for name in ("local_epochs", "local_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run says while it runs, and where it writes.
+
+    Attributes:
+        format: rich (progress bars and colours), simple (plain lines) or json (one object a line).
+        verbose: Also say what each site did, and show tracebacks of what failed.
+        out: Folder of the run; by default runs/<job>-<time>.
+    """
+
+    format: LogFormat = "rich"
+    verbose: bool = False
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.format in ("rich", "simple", "json"), "logging.format", "rich, simple or json", self.format)
