@@ -110,20 +110,25 @@ def pad(crops: list[np.ndarray]) -> np.ndarray:
     return ids
 
 
-def mask(ids: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """BERT masking: 15 % of residues selected; of them 80 % masked, 10 % random residue, 10 % kept."""
+def mask(ids: np.ndarray, rng: np.random.Generator, masked: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+    """BERT masking: 15 % of residues selected; of them 80 % masked, the rest half swapped, half kept.
+
+    Evaluation masks all of them: the unigram baseline cannot see a kept residue, so neither may the model.
+    """
     selected = (rng.random(ids.shape) < 0.15) & (ids >= FIRST_RESIDUE) & (ids != MASK)
     kind = rng.random(ids.shape)
     corrupted = ids.copy()
-    corrupted[selected & (kind < 0.8)] = MASK
-    swap = selected & (kind >= 0.8) & (kind < 0.9)
+    corrupted[selected & (kind < masked)] = MASK
+    swap = selected & (kind >= masked) & (kind < (1.0 + masked) / 2)
     corrupted[swap] = rng.integers(FIRST_RESIDUE, FIRST_RESIDUE + 20, size=int(swap.sum()))
     return corrupted, selected
 
 
-def loss_sum(model: EsmForMaskedLM, ids: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, int, torch.Tensor]:
+def loss_sum(
+    model: EsmForMaskedLM, ids: np.ndarray, rng: np.random.Generator, masked: float = 0.8
+) -> tuple[torch.Tensor, int, torch.Tensor]:
     """Summed cross-entropy over the selected residues; the head runs on those positions alone."""
-    corrupted, selected = mask(ids, rng)
+    corrupted, selected = mask(ids, rng, masked)
     tensor = torch.from_numpy(corrupted)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         hidden = model.esm(tensor, attention_mask=(tensor != PAD).long()).last_hidden_state
@@ -210,7 +215,7 @@ def evaluate(model: EsmForMaskedLM, records: list[tuple[str, str]], length: int 
     rng = np.random.Generator(np.random.Philox(key=[7, 7]))
     totals = [0.0, 0, 0]
     for ids in batches([encode(s) for _, s in records], length, 8192, rng):
-        loss, count, correct = loss_sum(model, ids, rng)
+        loss, count, correct = loss_sum(model, ids, rng, masked=1.0)
         totals[0] += loss.item()
         totals[1] += count
         totals[2] += int(correct)

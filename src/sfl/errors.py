@@ -47,6 +47,12 @@ class MissingExtraError(SflError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} must be installed for this, and it is not. Run: pip install 'sfl[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        """Pickle by the arguments of ``__init__``: an error must survive the way out of a worker process."""
+        return type(self), (self.package, self.extra)
 
 
 class UpdateError(SflError, ValueError):
@@ -69,7 +75,7 @@ class LedgerError(SflError):
     """The privacy ledger is broken, edited, or cannot be written."""
 
 
-class BudgetExhausted(LedgerError):
+class BudgetExhausted(LedgerError):  # noqa: N818 - a run that ends at its budget ends normally
     """The next exchange would pass the privacy budget; the run ends normally before it."""
 
 

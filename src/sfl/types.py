@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sfl.errors import ConfigError
 
-Array: TypeAlias = NDArray[Any]
+if TYPE_CHECKING:  # numpy is a fifth of the time that `sfl --help` takes
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[Any]
+else:
+    Array = Any
+
 Scalar: TypeAlias = bool | int | float | str
 
 Parameters: TypeAlias = dict[str, Array]
@@ -52,6 +56,7 @@ class FederationConfig:
         partition: How a simulation shares one data set among the sites: iid, dirichlet:ALPHA, key:FIELD or files.
         seed: Seed of everything reproducible: sampling, partition, masking, data order. Never of noise or keys.
         workers: Processes that train sites side by side; 0 means one per core. The result has the same bits.
+        threads: CPU threads that each worker computes with. The last bits of a result depend on it.
         round_timeout: Seconds after which a site that has not answered is late and left out; 0 means no limit.
     """
 
@@ -62,6 +67,7 @@ class FederationConfig:
     partition: str = "iid"
     seed: int = 0
     workers: int = 1
+    threads: int = 1
     round_timeout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,6 +82,7 @@ class FederationConfig:
         )
         _require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
         _require(self.workers >= 0, "workers", "0 (one per core) or more", self.workers)
+        _require(self.threads >= 1, "threads", "at least 1", self.threads)
         _require(self.round_timeout >= 0.0, "round_timeout", "0 (no limit) or seconds", self.round_timeout)
 
 
@@ -99,7 +106,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.learning_rate > 0.0 and bool(np.isfinite(self.learning_rate)),
+            self.learning_rate > 0.0 and math.isfinite(self.learning_rate),
             "learning_rate",
             "positive and finite",
             self.learning_rate,
@@ -134,3 +141,15 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _require(self.format in ("rich", "simple", "json"), "logging.format", "rich, simple or json", self.format)
+
+
+def site_names(count: int) -> tuple[str, ...]:
+    """Names of a simulation's sites, padded so that their alphabetical order is their order.
+
+    >>> site_names(2)
+    ('site-1', 'site-2')
+    >>> site_names(10)[0]
+    'site-01'
+    """
+    width = len(str(count))
+    return tuple(f"site-{number:0{width}d}" for number in range(1, count + 1))

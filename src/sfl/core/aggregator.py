@@ -46,6 +46,7 @@ class WeightedMean(Aggregator):
     | one site | that site's delta, to rounding |
     | a zero delta | counts with its weight |
     | NaN, inf, wrong shape | never arrives: rejected before |
+    | weight × delta past the dtype's range | inf, with numpy's warning |
     """
 
     needs: ClassVar[Needs] = "sum"
@@ -97,7 +98,9 @@ def _accumulate(total: Parameters, update: Update, weight: float) -> None:
 
 def _first(value: Array, weight: float) -> Array:
     dtype = value.dtype if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else np.dtype(np.float64)
-    return np.multiply(value, weight, dtype=dtype)
+    first = np.empty(value.shape, dtype=dtype)  # C order and an array even at 0 dimensions: it is added to in place
+    np.multiply(value, weight, out=first, dtype=dtype)
+    return first
 
 
 def _some(total: Parameters, weight: float) -> Parameters:

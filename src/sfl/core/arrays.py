@@ -28,17 +28,17 @@ def copy(parameters: Mapping[str, Array]) -> Parameters:
 
 def add(left: Mapping[str, Array], right: Mapping[str, Array]) -> Parameters:
     """``left + right``, name by name (names of ``left``)."""
-    return {name: value + right[name] for name, value in left.items()}
+    return {name: np.asarray(value + right[name]) for name, value in left.items()}
 
 
 def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Parameters:
     """``left - right``, name by name (names of ``left``)."""
-    return {name: value - right[name] for name, value in left.items()}
+    return {name: np.asarray(value - right[name]) for name, value in left.items()}
 
 
 def scale(parameters: Mapping[str, Array], factor: float) -> Parameters:
-    """``factor * parameters``; each array keeps its dtype."""
-    return {name: np.multiply(value, factor, dtype=value.dtype) for name, value in parameters.items()}
+    """``factor * parameters``; each array keeps its dtype (integers are truncated towards zero)."""
+    return {name: np.asarray(value * factor).astype(value.dtype, copy=False) for name, value in parameters.items()}
 
 
 def num_parameters(parameters: Mapping[str, Array]) -> int:
@@ -58,10 +58,11 @@ def l2_norm(parameters: Mapping[str, Array]) -> float:
     5.0
     """
     total = 0.0
-    for value in parameters.values():
-        for block in blocks(value):
-            wide = block.astype(np.float64)
-            total += float(np.dot(wide, wide))
+    with np.errstate(over="ignore"):  # squares of 1e154 and more: the norm is inf, as numpy's own
+        for value in parameters.values():
+            for block in blocks(value):
+                wide = block.astype(np.float64)
+                total += float(np.dot(wide, wide))
     return math.sqrt(total)
 
 
@@ -73,8 +74,8 @@ def blocks(value: Array) -> Iterator[Array]:
 
 
 def is_finite(value: Array) -> bool:
-    """Whether no element is NaN or inf, in one pass and without a temporary of the array's size."""
-    if value.dtype.kind not in "fc":
+    """Whether no element of a real array is NaN or inf, in one pass and without a temporary of the array's size."""
+    if value.dtype.kind != "f":
         return True
     for block in blocks(value):
         # A finite dot product proves finite elements; a huge but finite block overflows and is looked at closely.
@@ -90,16 +91,16 @@ def subtract_into(updated: Array, base: Array, out: Array) -> Array:
 
 
 def add_scaled(total: Array, value: Array, factor: float) -> None:
-    """``total += factor * value`` in place, block by block (one pass over memory)."""
-    if value.size <= BLOCK:
-        total += value * factor
+    """``total += factor * value`` in place and in ``total``'s dtype, block by block (one pass over memory)."""
+    if value.size <= BLOCK or not total.flags.c_contiguous:  # reshape(-1) would write to a copy of such a total
+        np.add(total, np.multiply(value, factor, dtype=total.dtype), out=total)
         return
     flat, source = total.reshape(-1), value.reshape(-1)
     scratch = np.empty(BLOCK, dtype=total.dtype)
     for start in range(0, source.size, BLOCK):
         piece = source[start : start + BLOCK]
         part = scratch[: piece.size]
-        np.multiply(piece, factor, out=part)
+        np.multiply(piece, factor, out=part, dtype=total.dtype)
         target = flat[start : start + BLOCK]
         np.add(target, part, out=target)
 

@@ -93,7 +93,10 @@ def check_metrics(site: str, metrics: object) -> dict[str, float]:
     for name, value in mapping.items():
         if not isinstance(value, int | float | np.integer | np.floating):
             raise UpdateError(f"{site}: metric {name!r} must be a number, got {type(value).__name__}.")
-        clean[str(name)] = float(value)
+        try:
+            clean[str(name)] = float(value)
+        except OverflowError:
+            raise UpdateError(f"{site}: metric {name!r} must fit a float, got an integer past 1e308.") from None
     return clean
 
 

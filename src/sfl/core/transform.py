@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar, final
 
 import numpy as np
 
 from sfl.core.task import Update
-from sfl.errors import CompositionError
+from sfl.errors import CompositionError, ConfigError
 from sfl.types import Parameters, StateTree
 
 
@@ -58,6 +59,32 @@ class Chain(Transform):
         return update, states
 
 
+@final
+class Divide(Transform):
+    """Divides an aggregate by a fixed number: the planned size of the cohort, after noise was added to the sum."""
+
+    raises_norm: ClassVar[bool] = False
+
+    def __init__(self, divisor: float) -> None:
+        if not divisor >= 1.0:
+            raise ConfigError(f"divisor must be at least 1, got {divisor}. Give the planned size of the cohort.")
+        self.divisor = divisor
+
+    def init(self, parameters: Parameters) -> StateTree:  # noqa: ARG002
+        """Nothing to remember."""
+        return None
+
+    def apply(
+        self,
+        update: Update,
+        state: StateTree,
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> tuple[Update, StateTree]:
+        """``delta / divisor``."""
+        delta = {name: np.asarray(value / self.divisor) for name, value in update.delta.items()}
+        return replace(update, delta=delta), state
+
+
 def chain(*transforms: Transform) -> Chain:
     """Compose transforms, first to last, after checking their order.
 
@@ -75,7 +102,7 @@ def check_order(transforms: Sequence[Transform]) -> None:
         CompositionError: Naming the two transforms to swap.
     """
     last_clip: Transform | None = None
-    for transform in transforms:
+    for transform in _flat(transforms):
         name = type(transform).__name__
         if transform.adds_noise:
             if last_clip is None:
@@ -88,3 +115,12 @@ def check_order(transforms: Sequence[Transform]) -> None:
                 f"{type(last_clip).__name__} must come after what can raise a norm, got it before {name}. "
                 f"Swap {type(last_clip).__name__} and {name}."
             )
+
+
+def _flat(transforms: Sequence[Transform]) -> Iterator[Transform]:
+    """The transforms, those inside nested chains too: a chain of chains obeys the same order."""
+    for transform in transforms:
+        if isinstance(transform, Chain):
+            yield from _flat(transform.transforms)
+        else:
+            yield transform

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from sfl.core import arrays
 from sfl.core.task import Reply, Status, Task
 
 
@@ -35,25 +37,28 @@ class Engine(ABC):
         """Send to all of ``cohort``; yield exactly one reply for each, in the order of ``cohort``.
 
         Sites that have not answered within ``timeout`` are late. An engine whose replies arrive in the order in which
-        it was given the sites (the local one) streams; for others, early arrivals wait for their turn.
+        it was given the sites (the local one) streams; for others, early arrivals wait for their turn, as copies. What
+        arrives from a site outside the cohort, or a second time from one, is not part of the round.
         """
         self.send(task, cohort)
+        open_sites = dict.fromkeys(cohort)
         waiting: dict[str, Reply] = {}
-        position = 0
         for reply in self.replies(timeout):
-            waiting[reply.site] = reply
-            while position < len(cohort) and cohort[position] in waiting:
-                yield waiting.pop(cohort[position])
-                position += 1
-        for site in cohort[position:]:
-            late = Reply(site, Status.LATE, reason=f"no reply within {timeout} s", seconds=timeout or 0.0)
-            yield waiting.pop(site, late)
+            if reply.site not in open_sites or reply.site in waiting:
+                continue
+            in_turn = reply.site == next(iter(open_sites))
+            waiting[reply.site] = reply if in_turn else _kept(reply)
+            while (site := next(iter(open_sites), None)) in waiting:
+                del open_sites[site]
+                yield waiting.pop(site)
+        for site in open_sites:
+            yield waiting[site] if site in waiting else _late(site, timeout)
 
     @abstractmethod
     def describe(self) -> str:
         """The engine in words, for the first line of a run."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - an engine that holds nothing has nothing to release
         """Release processes and memory. Safe to call twice."""
 
     def __enter__(self) -> Self:
@@ -63,3 +68,16 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _kept(reply: Reply) -> Reply:
+    """The reply with arrays of its own: lent ones are overwritten when the next is drawn."""
+    if reply.update is None:
+        return reply
+    update = dataclasses.replace(reply.update, delta=arrays.copy(reply.update.delta))
+    return dataclasses.replace(reply, update=update)
+
+
+def _late(site: str, timeout: float | None) -> Reply:
+    reason = "no reply" if timeout is None else f"no reply within {timeout:g} s"
+    return Reply(site, Status.LATE, reason=reason, seconds=timeout or 0.0)

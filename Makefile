@@ -1,0 +1,62 @@
+# One command each, from an empty clone. Every target does first what it needs.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+WORKERS ?= 2
+# Packages that must stay at 100 % branch coverage, and the tests that have to reach it alone.
+COVERED := sfl.core
+COVERED_TESTS := $(wildcard tests/test_core_*.py) tests/test_conformance.py
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+demo check coverage test: export HF_HUB_OFFLINE := 1
+check coverage test: export OMP_NUM_THREADS := 1
+check coverage test: export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help setup demo lint check coverage test bench clean
+
+help: ## Say what there is
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(STAMP) ## Create .venv and install sfl into it, with everything that tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python must be 3.11 or newer, got {v[0]}.{v[1]}. Run: make setup PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip check
+	@touch $@
+
+demo: setup ## Train the bundled protein model on two simulated sites, offline
+	$(BIN)/python jobs/esm2_runner.py --workers $(WORKERS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+check: lint ## Lint, format, types, layers and the fast tests (under 3 minutes)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+coverage: setup ## Fail unless the core is at 100 % branch coverage
+	$(BIN)/python -m pytest $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+
+test: lint coverage ## Everything: lint, coverage, fast and slow tests, README and docs
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: setup ## Run every benchmark
+	@for script in benchmarks/bench_*.py; do \
+		[ -e "$$script" ] || continue; \
+		echo "== $$script"; \
+		$(BIN)/python "$$script"; \
+	done
+
+clean: ## Remove the environment, caches and build products (never runs/)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	find src tests jobs scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""The ``sfl`` command. Importing it, and every ``--help``, loads nothing heavy: commands import what they run.
+
+Exit codes: 0 the run ended well, 1 it failed, 2 an option, a config or the command line is wrong, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from sfl import __version__
+from sfl.errors import ConfigError, SflError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+INTERRUPTED: Final = 130
+
+
+def entry() -> None:
+    """The console script: run the command line and exit with its code."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code: 0, 1, 2 or 130, as the module says.
+    """
+    from cyclopts import CycloptsError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, ConfigError) as error:
+        return _say_error(str(error), USAGE)
+    except SflError as error:
+        return _say_error(str(error), FAILED)
+    except KeyboardInterrupt as interrupt:
+        go_on = f"; go on with: sfl run esm2 --resume {interrupt.args[0]}" if interrupt.args else ""
+        sys.stderr.write(f"\ninterrupted{go_on}\n")
+        return INTERRUPTED
+    return code if isinstance(code, int) else OK
+
+
+def _app() -> App:
+    """The tree of commands. Their functions are named, not imported, so that only the one that is called loads."""
+    from cyclopts import App
+
+    app = App(
+        name="sfl",
+        help="Federated learning whose privacy claim is part of the result.",
+        version=__version__,
+        help_format="plaintext",
+        suppress_keyboard_interrupt=False,
+    )
+    run = App(name="run", help="Run a federated job.")
+    run.command("sfl.cli.commands:esm2", help="Train ESM2, a protein language model, on several sites.")
+    run.command("sfl.cli.commands:sum_demo", name="sum", help="Add up one number per site: the smallest federated job.")
+    config = App(name="config", help="Look at the configuration.")
+    config.command("sfl.cli.commands:show", help="Show every option, its value, and where the value comes from.")
+    app.command(run)
+    app.command(config)
+    return app
+
+
+def _say_error(message: str, code: int) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console.print(f"error: {' '.join(message.split())}", style="red")
+    return code

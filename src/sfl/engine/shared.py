@@ -1,0 +1,60 @@
+"""Arrays in memory that parent and workers share: anonymous files, so nothing is left behind by ``kill -9``."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sfl.types import Array, Parameters
+
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each array of a ``Parameters`` lies in a buffer: (name, dtype, shape, offset)."""
+
+    entries: tuple[tuple[str, str, tuple[int, ...], int], ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Array]) -> Layout:
+        """Arrays one after the other, each on a cache line of its own."""
+        entries: list[tuple[str, str, tuple[int, ...], int]] = []
+        offset = 0
+        for name, value in parameters.items():
+            entries.append((name, value.dtype.str, value.shape, offset))
+            offset += -(-value.nbytes // _ALIGN) * _ALIGN
+        return cls(tuple(entries), max(offset, _ALIGN))
+
+    def views(self, buffer: mmap.mmap, *, writeable: bool) -> Parameters:
+        """The arrays inside ``buffer``, without a copy."""
+        views: Parameters = {}
+        for name, dtype, shape, offset in self.entries:
+            count = int(np.prod(shape, dtype=np.int64))
+            array = np.frombuffer(buffer, dtype=np.dtype(dtype), count=count, offset=offset).reshape(shape)
+            array.flags.writeable = writeable
+            views[name] = array
+        return views
+
+
+def open_anonymous(nbytes: int) -> int:
+    """A file descriptor over ``nbytes`` of memory that has no name and goes with its last user."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("sfl", os.MFD_CLOEXEC)
+    else:  # macOS: an unlinked file in the temporary folder serves as well
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, nbytes)
+    return descriptor
+
+
+def write(views: Mapping[str, Array], values: Mapping[str, Array]) -> None:
+    """Copy ``values`` into a buffer's views."""
+    for name, value in values.items():
+        np.copyto(views[name], value)

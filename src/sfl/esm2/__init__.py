@@ -1,0 +1,1 @@
+"""Federated masked-language-model fine-tuning of ESM2 protein models."""

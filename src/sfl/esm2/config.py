@@ -1,0 +1,54 @@
+"""What a run of federated ESM2 can be told; imports nothing heavy, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sfl.errors import ConfigError
+from sfl.types import ClientConfig, FederationConfig, LoggingConfig
+
+MAX_RESIDUES = 1022
+"""Residues that ESM2 was trained on at once: 1024 tokens less the two that open and close a protein."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESM2ClientConfig(ClientConfig):
+    """How a site trains ESM2 by masked language modelling.
+
+    Attributes:
+        model: Name on the hub, such as facebook/esm2_t6_8M_UR50D, or a local folder; by default the 8M model if it
+            is in the cache, else the bundled one.
+        data: Protein sequences: FASTA, CSV, TSV or Parquet files, comma-separated, or hf:NAME; empty for the bundled
+            sample.
+        max_length: Residues per crop, from 8 to 1022.
+        eval_proteins: Held-out proteins evaluated per site and globally each round; 0 means all.
+    """
+
+    learning_rate: float = 5e-4
+    local_steps: int | None = 20
+    model: str | None = None
+    data: str = ""
+    max_length: int = 128
+    eval_proteins: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 8 <= self.max_length <= MAX_RESIDUES:
+            raise ConfigError(f"max_length must be between 8 and {MAX_RESIDUES} residues, got {self.max_length}.")
+        if self.eval_proteins < 0:
+            raise ConfigError(f"eval_proteins must be 0 (all) or more, got {self.eval_proteins}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESM2RunConfig:
+    """All options of ``sfl run esm2``.
+
+    Attributes:
+        federation: Who takes part, and for how long.
+        client: How a site trains.
+        logging: What the run says, and where it writes.
+    """
+
+    federation: FederationConfig = field(default_factory=lambda: FederationConfig(workers=0))
+    client: ESM2ClientConfig = field(default_factory=ESM2ClientConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,72 @@
+"""The server's side of federated ESM2: initial parameters, global evaluation, the final model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.esm2.client import (
+    ESM2Client,
+    esm2_trainer,
+    evaluate_proteins,
+    federated_data,
+    figures,
+    resident_model,
+    sample,
+)
+from sfl.esm2.config import ESM2RunConfig
+from sfl.esm2.model import ModelSource, save_model
+from sfl.recipe import FedAvgRecipe
+from sfl.train.devices import limit_threads
+from sfl.train.module import copy_parameters, load_parameters
+from sfl.types import Metrics, Parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESM2Server:
+    """What the server does with the model. Called in the server's own process.
+
+    Attributes:
+        config: The run's configuration.
+        model: The model that the run starts from.
+        device: Where the server evaluates.
+    """
+
+    config: ESM2RunConfig
+    model: ModelSource
+    device: str = "cpu"
+
+    def initial_parameters(self) -> Parameters:
+        """The pretrained weights."""
+        return copy_parameters(resident_model(self.model, self.device))
+
+    def central(self, parameters: Parameters) -> Metrics:
+        """Figures on the proteins that no site has; empty where there are none."""
+        client, seed = self.config.client, self.config.federation.seed
+        held_out = [record.sequence for record in federated_data(self.config)[0].held_out]
+        if not held_out:
+            return {}
+        limit_threads(self.config.federation.threads)
+        module = resident_model(self.model, self.device)
+        load_parameters(module, parameters)
+        proteins = sample(held_out, client.eval_proteins, seed, "global")
+        return figures(evaluate_proteins(esm2_trainer(client), module, proteins, client, seed))
+
+    def export(self, parameters: Parameters, folder: Path) -> None:
+        """The final model as ``transformers`` loads it."""
+        module = resident_model(self.model, self.device)
+        load_parameters(module, parameters)
+        save_model(module, folder)
+
+
+def esm2_recipe(config: ESM2RunConfig, model: ModelSource, *, device: str = "cpu") -> FedAvgRecipe:
+    """Federated averaging of ESM2 under masked language modelling."""
+    server = ESM2Server(config=config, model=model, device=device)
+    return FedAvgRecipe(
+        name="esm2",
+        client=ESM2Client,
+        client_kwargs={"config": config, "model": model},
+        initial_parameters=server.initial_parameters,
+        federation=config.federation,
+        central=server.central,
+    )

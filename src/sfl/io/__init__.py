@@ -1,0 +1,1 @@
+"""What a run says and leaves behind: console, metric files, environment, checkpoints, report."""

@@ -1,0 +1,125 @@
+"""One checkpointable value in one file: arrays as safetensors, everything else as JSON in its header.
+
+The file carries a digest of its own content, so a torn or edited one is detected. Writing is atomic: a temporary
+file, fsync, rename, fsync of the folder. No pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sfl.errors import CheckpointError
+from sfl.types import Array, StateTree
+
+FORMAT = "sfl-tree-1"
+
+
+def save_tree(path: Path, tree: StateTree) -> None:
+    """Write ``tree`` to ``path`` atomically.
+
+    Args:
+        path: The file; its folder is made if missing.
+        tree: ``None``, bool, int, float, str, ndarray, or a dict (string keys) / list / tuple of those.
+
+    Raises:
+        CheckpointError: If the tree holds something else, or the disk refuses.
+    """
+    tensors: dict[str, Array] = {}
+    skeleton = json.dumps(_flatten(tree, tensors))
+    metadata = {"format": FORMAT, "tree": skeleton, "digest": _digest(skeleton, tensors)}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata=metadata)
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} must be writable, got: {error}. Free some space or choose another --out."
+        ) from error
+
+
+def load_tree(path: Path) -> StateTree:
+    """Read a tree back, bit for bit.
+
+    Raises:
+        CheckpointError: If the file is missing, torn, edited, or of another format.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            # copied: the file may go while the arrays stay
+            tensors = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a whole checkpoint, got: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} must have format {FORMAT}, got {metadata.get('format')!r}.")
+    if metadata.get("digest") != _digest(metadata["tree"], tensors):
+        raise CheckpointError(f"{path} must match its digest, got other content. The file is torn or was edited.")
+    return _unflatten(json.loads(metadata["tree"]), tensors)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def _digest(skeleton: str, tensors: dict[str, Array]) -> str:
+    digest = hashlib.sha256(skeleton.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}|{value.dtype.str}|{value.shape}".encode())
+        digest.update(value.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _flatten(tree: StateTree, tensors: dict[str, Array]) -> Any:
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    if isinstance(tree, np.ndarray):
+        key = f"t{len(tensors):06d}"
+        tensors[key] = np.ascontiguousarray(tree).reshape(tree.shape)
+        return {"$tensor": key}
+    if isinstance(tree, dict):
+        return {"$dict": [[str(key), _flatten(value, tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        kind = "$tuple" if isinstance(tree, tuple) else "$list"
+        return {kind: [_flatten(value, tensors) for value in tree]}
+    raise CheckpointError(
+        f"a checkpointed state must be made of arrays, numbers, strings, dicts and lists, got {type(tree).__name__}."
+    )
+
+
+def _unflatten(node: Any, tensors: dict[str, Array]) -> StateTree:
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
+    if kind == "$tensor":
+        return tensors[value]
+    if kind == "$dict":
+        return {key: _unflatten(child, tensors) for key, child in value}
+    items = [_unflatten(child, tensors) for child in value]
+    return tuple(items) if kind == "$tuple" else items

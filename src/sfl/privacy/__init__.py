@@ -1,0 +1,1 @@
+"""Privacy: every (ε, δ) that is ever printed is composed from one append-only ledger."""

@@ -1,0 +1,1 @@
+"""What runs on the server: the loop, aggregation rules, algorithms."""

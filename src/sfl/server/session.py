@@ -1,0 +1,114 @@
+"""One run of a job, with what it leaves behind: checkpoints, metrics, ledger, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfl.core.algorithm import ServerState
+from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
+from sfl.engine.base import Engine
+from sfl.errors import MissingExtraError
+from sfl.io.checkpoint import Checkpoints
+from sfl.io.environment import environment
+from sfl.io.metrics import MetricsWriter
+from sfl.io.report import write_report
+from sfl.io.run_folder import RunFolder
+from sfl.privacy.ledger import Ledger
+from sfl.server.federate import Hooks, federate
+from sfl.server.job import Job
+from sfl.types import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run ended with.
+
+    Attributes:
+        state: The last server state.
+        rounds: One entry a round (0 holds the evaluation before the first), of this process's part of the run.
+        reason: Why it ended before its last planned round; empty if it did not.
+        folder: The run's folder, if it has one.
+    """
+
+    state: ServerState
+    rounds: tuple[RoundFinished, ...]
+    reason: str = ""
+    folder: Path | None = None
+
+    @property
+    def parameters(self) -> Parameters:
+        """The final global parameters."""
+        return self.state.parameters
+
+
+EngineFactory = Callable[[Job, Path | None], Engine]
+
+
+def run_job(
+    job: Job, engine: EngineFactory, *, out: Path | None, resume: bool, observers: Sequence[Observer]
+) -> RunResult:
+    """Run ``job`` on an engine, in a folder or without one.
+
+    Args:
+        job: From ``Recipe.build()``.
+        engine: Makes the engine, given the folder in which sites keep their state.
+        out: The run's folder; ``None`` leaves nothing behind.
+        resume: Go on from the folder's newest whole checkpoint.
+        observers: Listeners beside the files.
+    """
+    history = _History()
+    with ExitStack() as stack:
+        state: ServerState | None = None
+        hooks = Hooks(observers=(history, *observers))
+        if out is not None:
+            state, hooks = stack.enter_context(_files(out, resume=resume, observers=hooks.observers))
+        carrier = stack.enter_context(engine(job, out / "sites" if out is not None else None))
+        state = federate(job, carrier, state=state, hooks=hooks)
+    return RunResult(state, tuple(history.rounds), history.reason, out)
+
+
+@contextmanager
+def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Iterator[tuple[ServerState | None, Hooks]]:
+    folder = RunFolder(out)
+    notices: list[str] = []
+    checkpoints = Checkpoints(folder.checkpoints)
+    state = checkpoints.load_latest(notices.append) if resume else None
+    for text in notices:
+        for observer in observers:
+            observer(Notice(text=text, level="warning"))
+    folder.write_json("environment.json", environment())
+    ledger = Ledger(folder.ledger)
+    with MetricsWriter(out, resume_after=-1 if state is None else state.round) as writer:
+        hooks = Hooks(observers=(*observers, writer), save=checkpoints.save, ledger=ledger)
+        try:
+            yield state, hooks
+        finally:
+            _report(out, observers)
+
+
+def _report(out: Path, observers: Sequence[Observer]) -> None:
+    """The report of what there is, also of a run that failed."""
+    if not (out / "metrics.jsonl").is_file():
+        return
+    try:
+        write_report(out)
+    except MissingExtraError as error:
+        for observer in observers:
+            observer(Notice(text=f"no report.html: {error}", level="warning"))
+
+
+class _History:
+    """Remembers the rounds of a run."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundFinished] = []
+        self.reason = ""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            self.rounds.append(event)
+        elif isinstance(event, RunFinished):
+            self.reason = event.reason

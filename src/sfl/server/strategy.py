@@ -1,0 +1,97 @@
+"""Algorithms of the server: federated averaging, and the sum of the smallest example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sfl.core import rng
+from sfl.core.algorithm import Algorithm, ServerState
+from sfl.core.task import FIT, Task, Update
+from sfl.types import Array, Config, Parameters, Scalar
+
+
+def sample_cohort(clients: Sequence[str], fraction: float, minimum: int, generator: np.random.Generator) -> list[str]:
+    """``max(minimum, round(fraction * n))`` of the sites without replacement, in site order.
+
+    Example:
+        >>> sample_cohort(["a", "b", "c"], 1.0, 1, rng.public(0, 1, "cohort"))
+        ['a', 'b', 'c']
+    """
+    size = min(len(clients), max(minimum, round(fraction * len(clients)), 1))
+    if size == len(clients):
+        return list(clients)
+    chosen = generator.choice(len(clients), size=size, replace=False)
+    return [clients[index] for index in sorted(chosen)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(Algorithm):
+    """Federated averaging (McMahan et al., AISTATS 2017, Algorithm 1).
+
+    A cohort Sₜ trains from wₜ; with δₖ = wₖ − wₜ, the server takes wₜ₊₁ = wₜ + η · Σ nₖ δₖ / Σ nₖ.
+
+    Attributes:
+        fraction_fit: Share of the sites sampled in a round (C in the paper).
+        min_clients: Never fewer than this many.
+        server_learning_rate: η; 1 is the paper's.
+        seed: Seed of the sampling, and of the clients' own public randomness.
+        config: Scalars for the clients.
+    """
+
+    fraction_fit: float = 1.0
+    min_clients: int = 1
+    server_learning_rate: float = 1.0
+    seed: int = 0
+    config: Config = field(default_factory=dict[str, Scalar])
+
+    def init(self, parameters: Parameters) -> ServerState:
+        """Round 0."""
+        return ServerState(round=0, parameters=parameters)
+
+    def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
+        """The global parameters, to a uniform sample of the sites."""
+        round = state.round + 1
+        cohort = sample_cohort(
+            clients, self.fraction_fit, self.min_clients, rng.public(self.seed, round, "cohort")
+        )
+        return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), cohort
+
+    def finish(self, state: ServerState, aggregate: Update) -> ServerState:
+        """w + η · mean delta; arrays that no site sent stay as they are."""
+        new: Parameters = {}
+        for name, before in state.parameters.items():
+            delta = aggregate.delta.pop(name, None)
+            new[name] = before if delta is None else _step(before, delta, self.server_learning_rate)
+        return replace(state, round=state.round + 1, parameters=new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumFedAvg(FedAvg):
+    """The smallest algorithm: the new parameters are the aggregate itself, the sum of what the sites hold.
+
+    Every round starts from zero, so the sum is the same whatever the number of rounds.
+    """
+
+    def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
+        """Zeros, to every site."""
+        task, cohort = super().plan(state, clients)
+        zeros = {name: np.zeros_like(value) for name, value in task.parameters.items()}
+        return replace(task, parameters=zeros), cohort
+
+    def finish(self, state: ServerState, aggregate: Update) -> ServerState:
+        """The aggregate replaces the parameters."""
+        return replace(state, round=state.round + 1, parameters=dict(aggregate.delta))
+
+
+def _step(before: Array, delta: Array, rate: float) -> Array:
+    """``before + rate * delta`` in the memory of ``delta`` where the dtypes agree; integers round to nearest."""
+    if rate != 1.0:
+        delta *= rate
+    if before.dtype.kind != "f":
+        return (before + np.rint(delta)).astype(before.dtype)
+    if delta.dtype == before.dtype:
+        return np.add(before, delta, out=delta)
+    return (before + delta).astype(before.dtype)

@@ -1,0 +1,1 @@
+"""Local training; the only home of torch outside the applications."""

@@ -1,0 +1,74 @@
+"""Between a torch module and named numpy arrays, without copies where the memory allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from sfl.errors import ModelError
+from sfl.types import Array, Parameters
+
+T = TypeVar("T")
+_resident: dict[Hashable, Any] = {}
+
+
+def resident(key: Hashable, build: Callable[[], T]) -> T:
+    """The one object of this key in this process: all sites of a worker share one resident model."""
+    if key not in _resident:
+        _resident[key] = build()
+    return _resident[key]
+
+
+def release_resident() -> None:
+    """Let go of every resident model of this process."""
+    _resident.clear()
+
+
+def exchanged(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What travels: trainable parameters (tied ones once) and buffers that a checkpoint holds, by name."""
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
+    kept = module.state_dict(keep_vars=True)
+    tensors.update({name: buffer for name, buffer in module.named_buffers() if name in kept})
+    return tensors
+
+
+def lend_parameters(module: nn.Module) -> Parameters:
+    """The module's parameters as arrays: views into its memory on the CPU in float32, copies otherwise."""
+    return {name: _as_array(tensor) for name, tensor in exchanged(module).items()}
+
+
+def copy_parameters(module: nn.Module) -> Parameters:
+    """The module's parameters as arrays of their own."""
+    return {name: np.array(value) for name, value in lend_parameters(module).items()}
+
+
+def load_parameters(module: nn.Module, parameters: Mapping[str, Array]) -> None:
+    """Write parameters into the module.
+
+    Raises:
+        ModelError: If names or shapes differ from the module's.
+    """
+    tensors = exchanged(module)
+    if tensors.keys() != parameters.keys():
+        different = sorted(tensors.keys() ^ parameters.keys())
+        raise ModelError(f"parameters must have the model's {len(tensors)} names, got a difference in {different[:3]}.")
+    for name, tensor in tensors.items():
+        value = parameters[name]
+        if tuple(tensor.shape) != value.shape:
+            raise ModelError(f"{name!r} must have shape {tuple(tensor.shape)}, got {value.shape}.")
+        if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
+            np.copyto(tensor.numpy(), value, casting="same_kind")
+        else:
+            tensor.copy_(torch.from_numpy(np.array(value)))
+
+
+def _as_array(tensor: torch.Tensor) -> Array:
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,144 @@
+"""Local training: so many optimizer steps of a module on batches. Knows nothing of clients or rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from sfl.errors import ModelError
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What local training saw.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        examples: Examples seen, with repetition.
+        loss: Mean loss over the predicted tokens (or examples) of all steps.
+        accuracy: Share of them predicted right.
+    """
+
+    steps: int
+    examples: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLoss:
+    """One forward pass: ``total`` is the summed loss over ``count`` predictions, ``correct`` of them right."""
+
+    total: torch.Tensor
+    count: int
+    correct: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer(Generic[Batch]):
+    """AdamW on batches (Loshchilov & Hutter, ICLR 2019), its moments fresh every round.
+
+    Attributes:
+        loss: Forward pass of a module on a batch.
+        size: Number of examples in a batch.
+        learning_rate: Constant over the round.
+        weight_decay: Of matrices; biases and norms have none.
+        max_grad_norm: Gradients above it are scaled down to it.
+        bf16: Compute in bfloat16 where the hardware has it.
+    """
+
+    loss: Callable[[nn.Module, Batch], BatchLoss]
+    size: Callable[[Batch], int]
+    learning_rate: float
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+
+    def fit(self, module: nn.Module, batches: Iterator[Batch], seed: int) -> Outcome:
+        """One optimizer step for each batch.
+
+        Args:
+            module: Trained in place.
+            batches: As many as steps are wanted.
+            seed: Of torch's own draws (dropout).
+
+        Raises:
+            ModelError: If there was no batch.
+        """
+        module.train()
+        torch.default_generator.manual_seed(seed)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        optimizer = self._optimizer(trainable)
+        context = autocast(trainable[0].device, self.bf16)
+        steps = examples = 0
+        tally = _Tally(trainable[0].device)
+        for batch in batches:
+            with context:
+                result = self.loss(module, batch)
+            (result.total / max(result.count, 1)).backward()
+            nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tally.add(result)
+            steps, examples = steps + 1, examples + self.size(batch)
+        if steps == 0:
+            raise ModelError("local training must have at least one batch, got none. Give the site more data.")
+        return Outcome(steps, examples, *tally.means())
+
+    def _optimizer(self, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
+
+    @torch.inference_mode()
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch]) -> Outcome:
+        """Loss and accuracy over batches; an empty iterator gives zeros over 0 examples."""
+        module.eval()
+        device = next(module.parameters()).device
+        context = autocast(device, self.bf16)
+        examples = steps = 0
+        tally = _Tally(device)
+        for batch in batches:
+            with context:
+                tally.add(self.loss(module, batch))
+            steps, examples = steps + 1, examples + self.size(batch)
+        return Outcome(steps, examples, *tally.means())
+
+
+class _Tally:
+    """Running sums, kept on the device so that no step waits for a copy to the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._count = 0
+
+    def add(self, result: BatchLoss) -> None:
+        self._loss += result.total.detach()
+        self._correct += result.correct
+        self._count += result.count
+
+    def means(self) -> tuple[float, float]:
+        count = max(self._count, 1)
+        return float(self._loss) / count, int(self._correct) / count
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in hardware, and so is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(device: torch.device, wanted: bool) -> AbstractContextManager[object]:
+    """bfloat16 autocast where it is wanted and the hardware has it; re-enterable, and does nothing otherwise."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and has_bf16(device))
