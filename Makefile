@@ -28,9 +28,10 @@ setup: $(STAMP) ## Create .venv and install sfl into it, with everything that te
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python must be 3.11 or newer, got {v[0]}.{v[1]}. Run: make setup PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@.begun  # a change made while this installs must not look older than it
 	$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip check
-	@touch $@
+	@mv $@.begun $@
 
 demo: setup ## Train the bundled protein model on two simulated sites, offline
 	$(BIN)/python jobs/esm2_runner.py --workers $(WORKERS)

@@ -40,7 +40,7 @@ FIRST_RESIDUE = 4
 def read_fasta(path: Path) -> list[tuple[str, str]]:
     records: list[tuple[str, str]] = []
     with gzip.open(path, "rt") as handle:
-        for block in handle.read().split(">")[1:]:
+        for block in ("\n" + handle.read()).split("\n>")[1:]:  # a header may hold a ">" of its own
             header, _, body = block.partition("\n")
             records.append((header.strip(), body.replace("\n", "")))
     return records

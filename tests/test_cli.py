@@ -29,7 +29,7 @@ class Application(ModuleType):
         self.calls: list[dict[str, Any]] = []
         self.outcome: int | BaseException = 0
 
-    def run_esm2(self, resolved: Resolved[ESM2RunConfig], **kwargs: Any) -> int:
+    def run_esm2(self, resolved: Resolved[ESM2RunConfig], env: Any, **kwargs: Any) -> int:
         return self._called(resolved=resolved, **kwargs)
 
     def run_sum(self, **kwargs: Any) -> float:

@@ -49,9 +49,7 @@ class SimEnv:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = plan_workers(wanted, len(names), self.device, count_gpus(), cores)
         if len(devices) == 1:
-            return LocalEngine(
-                job.program, names, device=devices[0], threads=federation.threads, folder=sites_folder
-            )
+            return LocalEngine(job.program, names, device=devices[0], threads=federation.threads, folder=sites_folder)
         from sfl.engine.pool import PoolEngine
 
         return PoolEngine(job.program, names, devices=devices, threads=federation.threads, folder=sites_folder)

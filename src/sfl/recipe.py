@@ -1,4 +1,4 @@
-"""Recipes: a job described once, as frozen configuration. ``build()`` is the only place where objects are put together."""
+"""Recipes: a job described once, as frozen configuration. Only ``build()`` puts objects together."""
 
 from __future__ import annotations
 
@@ -122,7 +122,8 @@ class Recipe(ABC):
         if env is None:
             from importlib import import_module
 
-            env = import_module("sfl.env").SimEnv()  # the default environment lies a layer above
+            default: Environment = import_module("sfl.env").SimEnv()  # the default environment lies a layer above
+            env = default
         if resume and out is None:
             raise ConfigError("out must be the folder of the run to resume, got none.")
         job = self.build()

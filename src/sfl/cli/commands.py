@@ -42,10 +42,11 @@ RunFolder = Annotated[
 def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
     """Train ESM2, a protein language model, on several sites."""
     resolved = _resolve_esm2(config, resume, overrides)
+    from sfl.env import SimEnv
     from sfl.esm2.main import run_esm2
 
     try:
-        return run_esm2(resolved, resume=resume)
+        return run_esm2(resolved, SimEnv(device=resolved.config.client.device), resume=resume)
     except SflError:
         if resolved.config.logging.verbose:
             sys.stderr.write(traceback.format_exc())

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -104,13 +104,13 @@ class Site:
             self._client = None
 
     def _fit(self, client: BaseFederatedClient, task: Task) -> Update:
-        returned: object = client.compute_update(task.parameters, {**task.config, "round": task.round})
+        returned = cast("object", client.compute_update(task.parameters, {**task.config, "round": task.round}))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
                 f"{self.name}: compute_update must return (parameters, num_examples, metrics), "
                 f"got {type(returned).__name__}."
             )
-        parameters, count, metrics = returned
+        parameters, count, metrics = cast("tuple[Parameters, object, object]", returned)
         check.check_structure(self.name, parameters, task.parameters)
         weight = self._weight(check.check_count(self.name, count))
         clean = check.check_metrics(self.name, metrics)
@@ -125,16 +125,16 @@ class Site:
         return update
 
     def _evaluate(self, client: BaseFederatedClient, task: Task) -> Update:
-        returned: object = client.evaluate(task.parameters, {**task.config, "round": task.round})
+        returned = cast("object", client.evaluate(task.parameters, {**task.config, "round": task.round}))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
                 f"{self.name}: evaluate must return (loss, num_examples, metrics), got {type(returned).__name__}."
             )
-        loss, count, metrics = returned
-        if not isinstance(loss, int | float | np.number) or not math.isfinite(float(loss)):  # pyright: ignore[reportArgumentType]
+        loss, count, metrics = cast("tuple[object, object, object]", returned)
+        if not isinstance(loss, int | float | np.number) or not math.isfinite(float(loss)):
             raise UpdateError(f"{self.name}: the loss of evaluate must be a finite number, got {loss!r}.")
         weight = float(check.check_count(self.name, count))
-        clean: Metrics = {"loss": float(loss), **check.check_metrics(self.name, metrics)}  # pyright: ignore[reportArgumentType]
+        clean: Metrics = {"loss": float(loss), **check.check_metrics(self.name, metrics)}
         return Update(self.name, {}, weight, clean)
 
     def _weight(self, count: int) -> float:
@@ -150,7 +150,7 @@ def _holds_something(state: Any) -> bool:
 
 
 def _delta(updated: Parameters, base: Parameters, *, in_place: bool) -> Parameters:
-    """``updated - base``. Each updated array is let go as soon as its difference exists, so memory stays at one model."""
+    """``updated - base``; each updated array is let go as soon as its difference exists."""
     delta: Parameters = {}
     for name, before in base.items():
         after = updated.pop(name)

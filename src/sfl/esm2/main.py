@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from sfl.core.events import Notice, Observer
-from sfl.env import SimEnv
 from sfl.errors import ConfigError
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.dataset import FederatedProteins
@@ -19,17 +18,19 @@ from sfl.esm2.model import ModelSource, find_model
 from sfl.io.console import console_observer
 from sfl.io.run_folder import RunFolder
 from sfl.io.tree import write_text
+from sfl.recipe import Environment
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.types import site_names
 from sfl.utils.config import Resolved, dump_yaml
 from sfl.utils.logging import setup_logging
 
 
-def run_esm2(resolved: Resolved[ESM2RunConfig], *, resume: Path | None = None) -> int:
+def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Path | None = None) -> int:
     """Run, or go on with the run in ``resume``.
 
     Args:
         resolved: The configuration and where each value came from.
+        env: Where to run.
         resume: Folder of the run to go on with.
 
     Returns:
@@ -43,9 +44,8 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], *, resume: Path | None = None) -
         pinned = _pinned(config, model, resume)
         folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
         _write_down(folder, pinned, resolved, console, resume=resume is not None)
-        device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
         try:
-            _train(pinned, model, device, folder, observers=(console,), resume=resume is not None)
+            _train(pinned, model, env, folder, observers=(console,), resume=resume is not None)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(str(folder.path)) from None  # says which run can be resumed
         console(Notice(text=f"model:  {folder.model}"))
@@ -56,7 +56,7 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], *, resume: Path | None = None) -
 def _train(
     config: ESM2RunConfig,
     model: ModelSource,
-    device: str,
+    env: Environment,
     folder: RunFolder,
     *,
     observers: Sequence[Observer],
@@ -64,8 +64,8 @@ def _train(
 ) -> None:
     from sfl.esm2.server import ESM2Server, esm2_recipe
 
+    device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]  # the server's own, for evaluation
     recipe = esm2_recipe(config, model, device=device)
-    env = SimEnv(device=config.client.device)
     result = recipe.execute(env, out=folder.path, resume=resume, observers=observers)
     ESM2Server(config=config, model=model, device=device).export(result.parameters, folder.model)
 

@@ -83,7 +83,7 @@ def epoch(
     *,
     evaluation: bool = False,
 ) -> Iterator[MaskedBatch]:
-    """One pass over the proteins in length-sorted batches; a protein longer than ``max_length`` is cropped at random."""
+    """One pass over the proteins in length-sorted batches; longer ones than ``max_length`` are cropped at random."""
     lengths = np.minimum(proteins.lengths, max_length)
     for batch in length_sorted_batches(lengths, batch_size, generator):
         spare = proteins.lengths[batch] - lengths[batch]

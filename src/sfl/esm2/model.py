@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfl.errors import MissingExtraError, ModelError
 from sfl.esm2.alphabet import TOKENS
+from sfl.train.hub import hub_refusal, is_offline
 
 if TYPE_CHECKING:
     from transformers import EsmForMaskedLM
@@ -117,13 +117,10 @@ def _is_cached(name: str) -> bool:
 
 
 def _hub_answers(name: str) -> bool:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "") not in ("", "0"):
+    if is_offline() or hub_refusal():
         return False
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import HfHubHTTPError, httpx  # pyright: ignore[reportPrivateImportUsage]
 
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)

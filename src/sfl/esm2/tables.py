@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sfl.errors import DataError, MissingExtraError, nearest
 from sfl.esm2.proteins import RawProtein
+from sfl.train.hub import hub_refusal, is_offline
 
 _SEQUENCE = ("sequence", "seq", "protein", "protein_sequence", "aa_seq")
 _ID = ("id", "accession", "entry", "protein_id", "name")
 _ORGANISM = ("organism", "species")
-_PROBE_SECONDS = 3.0
-_TRUE = ("1", "ON", "YES", "TRUE")  # what huggingface_hub takes for a yes
 
 
 def read_csv(text: str, source: str, column: str = "") -> Iterator[RawProtein]:
@@ -86,8 +81,12 @@ def read_hub(name: str, source: str, split: str = "", column: str = "") -> Itera
         DataError: The hub cannot be reached (found out at once, without retries), or has no such data set.
         MissingExtraError: datasets is not installed.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in _TRUE:
-        _require_hub(source)
+    refusal = "" if is_offline() else hub_refusal()
+    if refusal:
+        raise DataError(
+            f"{source} must be reachable on the Hugging Face hub, got {refusal}. Use a local FASTA, CSV or Parquet "
+            "file or a saved data set folder, or set HF_HUB_OFFLINE=1 if it is in the cache."
+        )
     datasets = _datasets()
     try:
         loaded = datasets.load_dataset(name)
@@ -105,21 +104,6 @@ def _datasets() -> Any:
     except ImportError as error:
         raise MissingExtraError("datasets", "data") from error
     return datasets
-
-
-def _require_hub(source: str) -> None:
-    """``datasets`` retries for half a minute when there is no network; one connection tells in no time."""
-    if urllib.request.getproxies():
-        return
-    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    host, port = endpoint.hostname or "huggingface.co", endpoint.port or 443
-    try:
-        socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
-    except OSError as error:
-        raise DataError(
-            f"{source} must be reachable on the Hugging Face hub, got no connection to {host}: {error}. Use a local "
-            "FASTA, CSV or Parquet file or a saved data set folder, or set HF_HUB_OFFLINE=1 if it is in the cache."
-        ) from error
 
 
 def _dataset_records(loaded: Any, source: str, split: str, column: str) -> Iterator[RawProtein]:

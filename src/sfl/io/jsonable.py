@@ -54,5 +54,5 @@ def to_float(value: object) -> float:
 
 
 def dump_line(value: object) -> str:
-    """The value as one line of JSON, without its newline."""
-    return json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False)
+    """The value as one line of JSON in ASCII, without its newline."""
+    return json.dumps(to_jsonable(value), allow_nan=False)

@@ -19,7 +19,7 @@ _SITE_COLOURS = (_GREEN, _ORANGE, _PINK, _SKY)
 _SITE_MARKS = ("square", "diamond", "triangle-up", "x", "triangle-down", "cross")
 PHASES: tuple[str, ...] = ("fit", "aggregate", "evaluate", "central", "checkpoint")
 """The phases of a round, in order."""
-_PHASE_COLOURS = dict(zip(PHASES, (_BLUE, _ORANGE, _GREEN, _SKY, _PINK), strict=True))
+_PHASE_COLOURS: dict[str, str] = dict(zip(PHASES, (_BLUE, _ORANGE, _GREEN, _SKY, _PINK), strict=True))
 _SITES_NAMED = 8
 _INK = "#5c626b"  # readable on white and on black, for what the style sheet of the page does not reach
 
@@ -165,7 +165,7 @@ def _chart(name: str, traces: list[dict[str, Any]], layout: dict[str, Any]) -> s
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "xaxis": axes | layout.get("xaxis", {}),
         "yaxis": axes | layout.get("yaxis", {}),
     }

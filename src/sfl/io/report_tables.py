@@ -37,11 +37,11 @@ def metric_names(rounds: Sequence[RoundFinished]) -> list[str]:
 
 
 def headline(rounds: Sequence[RoundFinished]) -> dict[str, Any]:
-    """Before and after of each metric, from the best source that the first and the last such round share."""
+    """Before and after of each metric, from the best source that any round has."""
     scored = [(event, *best_source(event)) for event in rounds]
     source = next((name for name in _SOURCES if any(seen == name for _, seen, _ in scored)), "")
     chosen = [(event, metrics) for event, seen, metrics in scored if seen == source]
-    if not chosen:
+    if not source:
         return {"source": "", "tiles": []}
     (first, before), (last, after) = chosen[0], chosen[-1]
     tiles = [_tile(name, before.get(name), after[name]) for name in first_metrics(after)]

@@ -1,4 +1,4 @@
-"""The app of the smallest example: the sum of one number per site. An application that lives here by its promised name."""
+"""The app of the smallest example, the sum of one number per site: an application under a promised name."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -66,7 +66,7 @@ class _Run:
         self.job, self.engine, self.hooks = job, engine, hooks
         self.clients = engine.clients()
         self.sites: list[SiteFinished] = []
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.sent = self.received = 0
 
     def to_the_end(self, state: ServerState | None) -> ServerState:
@@ -218,7 +218,7 @@ class _Run:
             observer(event)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Generator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -248,15 +248,15 @@ class _MetricsMean:
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: Counter[str] = Counter()
-        self._weights: Counter[str] = Counter()
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._weights: defaultdict[str, float] = defaultdict(float)
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
         for update in updates:
             self.count += 1
             for name, value in update.metrics.items():
-                self._sums[name] += update.weight * value  # pyright: ignore[reportArgumentType]
-                self._weights[name] += update.weight  # pyright: ignore[reportArgumentType]
+                self._sums[name] += update.weight * value
+                self._weights[name] += update.weight
             yield update
 
     def result(self) -> Metrics:

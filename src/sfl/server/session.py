@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def run_job(
 
 
 @contextmanager
-def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Iterator[tuple[ServerState | None, Hooks]]:
+def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Generator[tuple[ServerState | None, Hooks]]:
     folder = RunFolder(out)
     notices: list[str] = []
     checkpoints = Checkpoints(folder.checkpoints)

@@ -24,7 +24,8 @@ def sample_cohort(clients: Sequence[str], fraction: float, minimum: int, generat
     if size == len(clients):
         return list(clients)
     chosen = generator.choice(len(clients), size=size, replace=False)
-    return [clients[index] for index in sorted(chosen)]
+    positions: list[int] = sorted(chosen.tolist())
+    return [clients[position] for position in positions]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,7 @@ class FedAvg(Algorithm):
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
         """The global parameters, to a uniform sample of the sites."""
         round = state.round + 1
-        cohort = sample_cohort(
-            clients, self.fraction_fit, self.min_clients, rng.public(self.seed, round, "cohort")
-        )
+        cohort = sample_cohort(clients, self.fraction_fit, self.min_clients, rng.public(self.seed, round, "cohort"))
         return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), cohort
 
     def finish(self, state: ServerState, aggregate: Update) -> ServerState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def plan_workers(workers: int, clients: int, device: str, gpus: int, cores: int)
     return devices[: min(workers or len(devices), clients, len(devices))]
 
 
-def _devices(device: str, gpus: int) -> Sequence[str]:
+def _devices(device: str, gpus: int) -> list[str]:
     if device in ("cpu", "mps"):
         return [device]
     if device == "auto":
@@ -69,7 +69,7 @@ def _devices(device: str, gpus: int) -> Sequence[str]:
 
 
 @contextmanager
-def thread_environment(threads: int) -> Iterator[None]:
+def thread_environment(threads: int) -> Generator[None]:
     """Environment for processes started inside: so many threads, and none that spins while it waits."""
     wanted = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     before = {name: os.environ.get(name) for name in wanted}
