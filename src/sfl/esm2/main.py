@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,16 @@ def _write_down(
             f"data must be what the run began with, got other proteins in {config.client.data or 'the sample'!r}. "
             "Put the data back, or start a new run."
         )
-    write_text(folder.config, dump_yaml(config))
-    if not resume:
-        folder.write_json("config_sources.json", dict(resolved.sources))
+    given = dict(resolved.sources)
+    if resume:  # what the run began with stays as it was said; only flags of this call are new
+        given = {**(folder.read_json("config_sources.json") or {}), **_flags(given)}
+    folder.write_json("config_sources.json", given)
+    write_text(folder.config, dump_yaml(config, given))
     folder.write_json("data.json", described)
+
+
+def _flags(sources: Mapping[str, str]) -> dict[str, str]:
+    return {name: source for name, source in sources.items() if source.startswith("--")}
 
 
 def _described(shared: FederatedProteins) -> dict[str, Any]:

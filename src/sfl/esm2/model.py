@@ -72,6 +72,8 @@ def load_model(source: ModelSource) -> EsmForMaskedLM:
         ModelError: If it cannot be loaded, or is not an ESM2 model.
     """
     transformers = _transformers()
+    from safetensors import SafetensorError
+
     try:
         config = transformers.AutoConfig.from_pretrained(source.location)
     except (OSError, ValueError) as error:
@@ -88,7 +90,7 @@ def load_model(source: ModelSource) -> EsmForMaskedLM:
         model = transformers.EsmForMaskedLM.from_pretrained(
             source.location, dtype="float32", attn_implementation="sdpa"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {source.name!r} must have loadable weights, got: {_first_line(error)}") from error
     model.esm.contact_head.requires_grad_(False)
     return model

@@ -34,11 +34,12 @@ def save_tree(path: Path, tree: StateTree) -> None:
     """
     tensors: dict[str, Array] = {}
     skeleton = json.dumps(_flatten(tree, tensors))
-    metadata = {"format": FORMAT, "tree": skeleton, "digest": _digest(skeleton, tensors)}
+    # One entry: safetensors writes several in no fixed order, and equal trees should be equal files.
+    header = json.dumps({"format": FORMAT, "tree": skeleton, "digest": _digest(skeleton, tensors)})
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata=metadata)
+        save_file(tensors, partial, metadata={"sfl": header})
         sync(partial)
         partial.replace(path)
         sync(path.parent)
@@ -56,16 +57,16 @@ def load_tree(path: Path) -> StateTree:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get("sfl", "{}"))
             # copied: the file may go while the arrays stay
             tensors = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} must be a whole checkpoint, got: {error}.") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} must have format {FORMAT}, got {metadata.get('format')!r}.")
-    if metadata.get("digest") != _digest(metadata["tree"], tensors):
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} must have format {FORMAT}, got {header.get('format')!r}.")
+    if header.get("digest") != _digest(header["tree"], tensors):
         raise CheckpointError(f"{path} must match its digest, got other content. The file is torn or was edited.")
-    return _unflatten(json.loads(metadata["tree"]), tensors)
+    return _unflatten(json.loads(header["tree"]), tensors)
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sfl.core.algorithm import ServerState
 from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
 from sfl.engine.base import Engine
-from sfl.errors import MissingExtraError
+from sfl.errors import DataError, MissingExtraError
 from sfl.io.checkpoint import Checkpoints
 from sfl.io.environment import environment
 from sfl.io.metrics import MetricsWriter
@@ -95,7 +95,7 @@ def _report(out: Path, observers: Sequence[Observer]) -> None:
         return
     try:
         write_report(out)
-    except MissingExtraError as error:
+    except (MissingExtraError, DataError) as error:
         for observer in observers:
             observer(Notice(text=f"no report.html: {error}", level="warning"))
 

@@ -86,11 +86,23 @@ def to_dict(config: object) -> dict[str, Any]:
     return {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.init}  # pyright: ignore
 
 
-def dump_yaml(config: object) -> str:
-    """The config as YAML that ``load_config`` reads back to an equal value."""
+def dump_yaml(config: object, sources: Mapping[str, str] | None = None) -> str:
+    """The config as YAML that ``load_config`` reads back to an equal value.
+
+    Args:
+        config: A run config.
+        sources: Where each value came from, by dotted name; written behind it as a comment.
+    """
     import yaml
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=float("inf"))
+    section, lines = "", list[str]()
+    for line in text.splitlines():
+        name = line.strip().partition(":")[0]
+        section = section if line.startswith(" ") else name
+        source = (sources or {}).get(f"{section}.{name}" if line.startswith(" ") else name)
+        lines.append(f"{line}  # {source}" if source else line)
+    return "\n".join(lines) + "\n"
 
 
 def _plain(value: object) -> object:

@@ -1,0 +1,165 @@
+"""The main job, from the command line to the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from sfl.cli import main
+from sfl.io.checkpoint import Checkpoints
+from sfl.io.metrics import read_metrics
+from sfl.io.tree import load_tree
+
+pytest.importorskip("torch")
+
+TINY = ["--num-rounds", "2", "--local-steps", "2", "--batch-size", "2", "--max-length", "16", "--eval-proteins", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+
+
+def run(*flags: str) -> int:
+    return main(["run", "esm2", *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert run(*TINY, "--workers", "1", "--format", "simple", "--out", str(out)) == 0
+    return out
+
+
+def test_the_run_folder_is_complete(finished: Path) -> None:
+    for name in ("config.yaml", "environment.json", "metrics.csv", "metrics.jsonl", "data.json", "report.html"):
+        assert (finished / name).stat().st_size > 0
+    assert list((finished / "tensorboard").iterdir())
+    assert [p.name for p in Checkpoints(finished / "checkpoints").paths()] == [
+        f"round-{r:06d}.safetensors" for r in range(3)
+    ]
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["client"]["model"] == "bundled"
+    assert config["federation"]["num_rounds"] == 2
+    assert "num_rounds: 2  # --num-rounds" in (finished / "config.yaml").read_text()
+
+
+def test_metrics_are_there_before_and_after_per_site_and_global(finished: Path) -> None:
+    rounds = read_metrics(finished / "metrics.jsonl")
+    assert [entry["round"] for entry in rounds] == [0, 1, 2]
+    for entry in rounds:
+        for metrics in (entry["evaluation"], entry["central"]):
+            assert set(metrics) == {"loss", "perplexity", "masked_accuracy"}
+            assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]), rel=0.2)
+        evaluated = [s["site"] for s in entry["sites"] if s["stage"] == "evaluate"]
+        assert evaluated == ["site-1", "site-2"]
+
+
+def test_transformers_loads_the_final_model(finished: Path) -> None:
+    from transformers import EsmForMaskedLM
+
+    from sfl.train.module import copy_parameters
+
+    model = EsmForMaskedLM.from_pretrained(finished / "model")
+    parameters = copy_parameters(model)
+    for name, value in load_tree(finished / "checkpoints" / "round-000002.safetensors")["parameters"].items():
+        assert np.array_equal(parameters[name], value), name
+
+
+def test_workers_do_not_change_the_bits(finished: Path, tmp_path: Path) -> None:
+    assert run(*TINY, "--workers", "2", "--format", "json", "--out", str(tmp_path / "two")) == 0
+    name = "checkpoints/round-000002.safetensors"
+    assert (tmp_path / "two" / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_resume_goes_on_to_the_same_bits(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(*TINY, "--workers", "1", "--num-rounds", "1", "--out", str(out)) == 0
+    assert run("--resume", str(out), "--num-rounds", "2") == 0
+    name = "checkpoints/round-000002.safetensors"
+    assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert [entry["round"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    last = out / "checkpoints" / "round-000002.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    assert run("--resume", str(out)) == 0
+    assert "Using the checkpoint before it" in capsys.readouterr().out
+    assert last.read_bytes() == whole
+
+
+def test_resume_refuses_other_data(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    described = json.loads((out / "data.json").read_text())
+    (out / "data.json").write_text(json.dumps({**described, "digest": "other"}))
+    assert run("--resume", str(out)) == 2
+    assert "data must be what the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere.fasta"], "nowhere.fasta"),
+        (["--model", "./nowhere"], "config.json"),
+        (["--partition", "dirchlet:1"], "partition must be"),
+        (["--num-clients", "0"], "num_clients must be"),
+        (["--learning-rate", "nan"], "learning_rate must be"),
+        (["--max-length", "4"], "max_length must be"),
+        (["--device", "cuda:7"], "device must be"),
+        (["--resume", "nowhere"], "--resume must name"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--resume" in flags else ["--out", str(tmp_path / "run"), "--workers", "1"]
+    assert run(*flags, *out) in (1, 2)
+    streams = capsys.readouterr()
+    assert said in streams.err
+    assert "Traceback" not in streams.err + streams.out
+
+
+def test_an_occupied_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TINY, "--out", str(finished)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_natural_keys_and_labels_partition_the_sample(tmp_path: Path) -> None:
+    for index, partition in enumerate(("dirichlet:0.5", "key:organism", "key:genus")):
+        out = tmp_path / str(index)
+        flags = ["--num-clients", "3", "--num-rounds", "1", "--partition", partition, "--workers", "1"]
+        assert run(*TINY, *flags, "--out", str(out)) == 0
+        sites = json.loads((out / "data.json").read_text())["sites"]
+        assert len(sites) == 3
+        assert all(site["train"] >= 1 and site["heldout"] >= 1 for site in sites)
+
+
+def test_site_files(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        records = ["".join(generator.choice(list("LAGVSERTIDPKQNFYMHWC"), 60)) for _ in range(20)]
+        (tmp_path / f"{name}.fasta").write_text("".join(f">{name}{i}\n{s}\n" for i, s in enumerate(records)))
+    data = f"{tmp_path / 'a.fasta'},{tmp_path / 'b.fasta'}"
+    flags = ["--data", data, "--partition", "files", "--workers", "1", "--out", str(tmp_path / "run")]
+    assert run(*TINY, *flags) == 0
+    names = [site["name"] for site in json.loads((tmp_path / "run" / "data.json").read_text())["sites"]]
+    assert names == ["site-1 (a)", "site-2 (b)"]
