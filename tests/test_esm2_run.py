@@ -17,7 +17,8 @@ from sfl.io.tree import load_tree
 
 pytest.importorskip("torch")
 
-TINY = ["--num-rounds", "2", "--local-steps", "2", "--batch-size", "2", "--max-length", "16", "--eval-proteins", "4"]
+TINY = ["--local-steps", "2", "--batch-size", "2", "--max-length", "16", "--eval-proteins", "4"]
+TWO = ["--num-rounds", "2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +36,7 @@ def run(*flags: str) -> int:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(*TINY, "--workers", "1", "--format", "simple", "--out", str(out)) == 0
+    assert run(*TINY, *TWO, "--workers", "1", "--format", "simple", "--out", str(out)) == 0
     return out
 
 
@@ -58,7 +59,7 @@ def test_metrics_are_there_before_and_after_per_site_and_global(finished: Path) 
     for entry in rounds:
         for metrics in (entry["evaluation"], entry["central"]):
             assert set(metrics) == {"loss", "perplexity", "masked_accuracy"}
-            assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]), rel=0.2)
+            assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
         evaluated = [s["site"] for s in entry["sites"] if s["stage"] == "evaluate"]
         assert evaluated == ["site-1", "site-2"]
 
@@ -75,7 +76,7 @@ def test_transformers_loads_the_final_model(finished: Path) -> None:
 
 
 def test_workers_do_not_change_the_bits(finished: Path, tmp_path: Path) -> None:
-    assert run(*TINY, "--workers", "2", "--format", "json", "--out", str(tmp_path / "two")) == 0
+    assert run(*TINY, *TWO, "--workers", "2", "--format", "json", "--out", str(tmp_path / "two")) == 0
     name = "checkpoints/round-000002.safetensors"
     assert (tmp_path / "two" / name).read_bytes() == (finished / name).read_bytes()
 
@@ -160,6 +161,6 @@ def test_site_files(tmp_path: Path) -> None:
         (tmp_path / f"{name}.fasta").write_text("".join(f">{name}{i}\n{s}\n" for i, s in enumerate(records)))
     data = f"{tmp_path / 'a.fasta'},{tmp_path / 'b.fasta'}"
     flags = ["--data", data, "--partition", "files", "--workers", "1", "--out", str(tmp_path / "run")]
-    assert run(*TINY, *flags) == 0
+    assert run(*TINY, *TWO, *flags) == 0
     names = [site["name"] for site in json.loads((tmp_path / "run" / "data.json").read_text())["sites"]]
     assert names == ["site-1 (a)", "site-2 (b)"]

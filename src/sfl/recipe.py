@@ -48,6 +48,8 @@ class Recipe(ABC):
         transforms: What an update passes on its site, in order.
         mechanisms: Differential privacy; the order is that of the sites.
         central: The global model's figures on global held-out data.
+        derive: Adds figures that follow from others, such as a perplexity from a mean loss. It is applied to each
+            site's figures and to their means, so what it adds is never averaged.
         evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates.
     """
 
@@ -60,6 +62,7 @@ class Recipe(ABC):
     transforms: tuple[Transform, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
     central: Callable[[Parameters], Metrics] | None = None
+    derive: Callable[[Metrics], Metrics] = dict
     evaluate_every: int = 1
 
     @abstractmethod
@@ -93,6 +96,7 @@ class Recipe(ABC):
             server_chain=server_chain,
             mechanisms=self.mechanisms,
             central=self.central,
+            derive=self.derive,
             evaluate_every=self.evaluate_every,
         )
 

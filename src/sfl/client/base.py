@@ -26,9 +26,11 @@ class BaseFederatedClient(ABC):
         site: Its name, e.g. ``"site-1"``; set by the engine before the first task.
         device: Where it should compute.
         state: What this site must remember from one round to the next (arrays, numbers, strings, in dicts and lists).
-            It is checkpointed with the run. Anything kept elsewhere on ``self`` is lost by a resume.
+            It is checkpointed with the run after ``compute_update``; ``evaluate`` only reads it. Anything kept
+            elsewhere on ``self`` is lost by a resume, and after a task that failed.
         lends_arrays: Whether the arrays that ``compute_update`` returns may be overwritten by the caller. A client
-            that trains a resident model sets it, and spares one copy of the model.
+            that trains a resident model sets it, and spares one copy of the model; no two of the arrays may then
+            share memory.
     """
 
     lends_arrays: ClassVar[bool] = False
@@ -52,7 +54,8 @@ class BaseFederatedClient(ABC):
         """Train locally.
 
         Args:
-            parameters: The global parameters; read-only, shared by all clients of a worker.
+            parameters: The global parameters; read-only, shared by all clients of a worker, and valid until this
+                method returns: copy what you keep.
             config: ``round``, ``seed`` and the recipe's own scalars.
 
         Returns:

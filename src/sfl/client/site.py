@@ -18,7 +18,7 @@ from sfl.core.task import EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.transform import Chain
 from sfl.errors import EngineError, UpdateError
 from sfl.io.site_store import SiteStore
-from sfl.types import Metrics, Parameters
+from sfl.types import Config, Metrics, Parameters, StateTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Site:
         self._store = SiteStore(folder) if folder is not None else None
         self._client: BaseFederatedClient | None = None
         self._chain_state: Any = None
+        self._remembers = False
 
     def run(self, task: Task) -> Reply:
         """Do the task. Never raises: whatever goes wrong becomes the reply, and no raw update leaves."""
@@ -70,7 +71,7 @@ class Site:
         except UpdateError as error:
             self._forget()
             return Reply(self.name, Status.REJECTED, reason=str(error), seconds=time.perf_counter() - started)
-        except Exception as error:  # noqa: BLE001 - a client's code may raise anything; it becomes its reply
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client's code raises becomes its reply
             self._forget()
             reason = f"{self.name}: {type(error).__name__}: {error}"
             seconds = time.perf_counter() - started
@@ -95,6 +96,7 @@ class Site:
             kept = self._store.load(before) if self._store is not None else None
             if kept is not None:
                 client.state, self._chain_state = kept["client"], kept["chain"]
+                self._remembers = True
             self._client = client
         return self._client
 
@@ -104,7 +106,7 @@ class Site:
             self._client = None
 
     def _fit(self, client: BaseFederatedClient, task: Task) -> Update:
-        returned = cast("object", client.compute_update(task.parameters, {**task.config, "round": task.round}))
+        returned = cast("object", client.compute_update(dict(task.parameters), _config(task)))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
                 f"{self.name}: compute_update must return (parameters, num_examples, metrics), "
@@ -116,8 +118,8 @@ class Site:
         clean = check.check_metrics(self.name, metrics)
         updated = dict(parameters)
         del parameters, returned
-        delta = _delta(updated, task.parameters, in_place=client.lends_arrays)
-        check.check_finite(self.name, delta)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused right after
+            delta = _delta(self.name, updated, task.parameters, in_place=client.lends_arrays)
         generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
         update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
         update, self._chain_state = self._program.chain.apply(update, self._chain_state, generator)
@@ -125,7 +127,7 @@ class Site:
         return update
 
     def _evaluate(self, client: BaseFederatedClient, task: Task) -> Update:
-        returned = cast("object", client.evaluate(task.parameters, {**task.config, "round": task.round}))
+        returned = cast("object", client.evaluate(dict(task.parameters), _config(task)))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
                 f"{self.name}: evaluate must return (loss, num_examples, metrics), got {type(returned).__name__}."
@@ -141,23 +143,30 @@ class Site:
         return float(count) if self._program.fixed_weight is None else self._program.fixed_weight
 
     def _remember(self, client: BaseFederatedClient, round: int) -> None:
-        if self._store is not None and (client.state or any(_holds_something(s) for s in self._chain_state)):
+        self._remembers = self._remembers or bool(client.state) or _holds_something(self._chain_state)
+        if self._store is not None and self._remembers:
             self._store.save(round, {"client": client.state, "chain": self._chain_state})
 
 
-def _holds_something(state: Any) -> bool:
-    return state is not None and state != []
+def _config(task: Task) -> Config:
+    return {**task.config, "round": task.round}
 
 
-def _delta(updated: Parameters, base: Parameters, *, in_place: bool) -> Parameters:
-    """``updated - base``; each updated array is let go as soon as its difference exists."""
+def _holds_something(state: StateTree) -> bool:
+    """Whether a chain's state is more than empty lists and ``None``."""
+    return any(map(_holds_something, state)) if isinstance(state, list) else state is not None
+
+
+def _delta(site: str, updated: Parameters, base: Parameters, *, in_place: bool) -> Parameters:
+    """``updated - base``, all of it finite; each updated array is let go as soon as its difference exists."""
     delta: Parameters = {}
     for name, before in base.items():
         after = updated.pop(name)
         if before.dtype.kind == "b":
             delta[name] = after.astype(np.int8) - before.astype(np.int8)
-        elif in_place and after.flags.writeable and after.dtype == before.dtype:
-            delta[name] = arrays.subtract_into(after, before, after)
-        else:
-            delta[name] = np.subtract(after, before, dtype=before.dtype)
+            continue
+        lent = in_place and after.flags.writeable and after.dtype == before.dtype
+        delta[name] = after if lent else np.empty(before.shape, before.dtype)
+        if not arrays.subtract_into(after, before, delta[name]):
+            check.check_finite(site, {name: delta[name]})
     return delta

@@ -75,19 +75,24 @@ def blocks(value: Array) -> Iterator[Array]:
 
 def is_finite(value: Array) -> bool:
     """Whether no element of a real array is NaN or inf, in one pass and without a temporary of the array's size."""
-    if value.dtype.kind != "f":
-        return True
-    for block in blocks(value):
-        # A finite dot product proves finite elements; a huge but finite block overflows and is looked at closely.
-        # einsum warns of nothing on overflow, unlike dot.
-        if not math.isfinite(float(np.einsum("i,i->", block, block))) and not bool(np.isfinite(block).all()):
-            return False
-    return True
+    return value.dtype.kind != "f" or all(bool(np.isfinite(block).all()) for block in blocks(value))
 
 
-def subtract_into(updated: Array, base: Array, out: Array) -> Array:
-    """``out = updated - base`` and returns it; ``out`` may be ``updated``."""
-    return np.subtract(updated, base, out=out)
+def subtract_into(updated: Array, base: Array, out: Array) -> bool:
+    """``out = updated - base`` in ``out``'s dtype, and whether all of it is finite, in one pass over memory.
+
+    Args:
+        updated: Any real array.
+        base: Of the same shape.
+        out: Of the same shape; it may be ``updated``.
+    """
+    if out.size <= BLOCK or not out.flags.c_contiguous:  # reshape(-1) would write to a copy of such an array
+        return is_finite(np.subtract(updated, base, out=out, dtype=out.dtype, casting="same_kind"))
+    finite = True
+    for left, right, difference in zip(blocks(updated), blocks(base), blocks(out), strict=True):
+        np.subtract(left, right, out=difference, dtype=out.dtype, casting="same_kind")
+        finite = finite and is_finite(difference)
+    return finite
 
 
 def add_scaled(total: Array, value: Array, factor: float) -> None:

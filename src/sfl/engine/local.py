@@ -45,7 +45,7 @@ class LocalEngine(Engine):
 
     def send(self, task: Task, clients: Sequence[str]) -> None:
         """Remember the task; each site does it when its reply is drawn."""
-        self._pending.extend((task, name) for name in clients)
+        self._pending = [(task, name) for name in clients]  # what is left of an abandoned exchange is dropped
 
     def replies(self, timeout: float | None = None) -> Iterator[Reply]:
         """Run the sites in turn. A site still working when the time is over is late; those after it do not start."""
@@ -59,7 +59,7 @@ class LocalEngine(Engine):
             reply = self._sites[name].run(task)
             del task
             if timeout is not None and time.perf_counter() - started > timeout:
-                reply = Reply(name, Status.LATE, reason=f"{name}: later than {timeout} s", seconds=reply.seconds)
+                reply = Reply(name, Status.LATE, reason=f"{name}: later than {timeout:g} s", seconds=reply.seconds)
             yield reply
             del reply
 

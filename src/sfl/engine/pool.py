@@ -18,6 +18,7 @@ from dataclasses import replace
 from multiprocessing import connection, reduction
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 from sfl.client.site import SiteProgram
@@ -25,9 +26,11 @@ from sfl.core.task import Reply, Status, Task
 from sfl.engine.base import Engine
 from sfl.engine.shared import Layout, open_anonymous, write
 from sfl.engine.worker import Answer, Assignment, Command, Memory, main
-from sfl.errors import EngineError
+from sfl.errors import ConfigError, EngineError
 from sfl.train.devices import thread_environment
 from sfl.types import Array, Parameters
+
+_AHEAD = 2  # tasks a worker is handed at a time: the next is there when one is done
 
 
 class PoolEngine(Engine):
@@ -40,6 +43,9 @@ class PoolEngine(Engine):
         devices: One for each worker.
         threads: Threads that torch may use in each worker.
         folder: Where sites keep their state; ``None`` keeps it in memory.
+
+    Raises:
+        ConfigError: If the client or its arguments cannot be handed to another process.
     """
 
     def __init__(
@@ -54,14 +60,19 @@ class PoolEngine(Engine):
         self._names = list(names)
         self._devices, self._threads = list(devices), threads
         self._exchange = 0
-        self._shared = _Shared()
-        context = _context(program)
-        self._workers: list[_WorkerProcess] = []
-        for number, device in enumerate(devices):
-            mine = tuple((name, index) for index, name in enumerate(names) if index % len(devices) == number)
-            self._workers.append(_WorkerProcess(context, Assignment(program, mine, device, threads, folder)))
-        self._owner = {name: worker for worker in self._workers for name, _ in worker.assignment.sites}
         self._order: deque[str] = deque()
+        self._shared = _Shared()
+        self._owner = {name: index % len(devices) for index, name in enumerate(names)}
+        self._workers: list[_WorkerProcess] = []
+        context = _context(program)
+        try:
+            for number, device in enumerate(devices):
+                mine = tuple((name, index) for index, name in enumerate(names) if self._owner[name] == number)
+                assignment = Assignment(program, mine, device, threads, folder)
+                self._workers.append(_WorkerProcess(context, assignment, self._shared))
+        except BaseException:
+            self.close()
+            raise
 
     def clients(self) -> list[str]:
         """Names of the sites, sorted."""
@@ -70,15 +81,16 @@ class PoolEngine(Engine):
     def send(self, task: Task, clients: Sequence[str]) -> None:
         """Publish the parameters, then queue the task with each site's worker."""
         self._exchange += 1
-        late = any(worker.is_busy for worker in self._workers)
-        fresh = self._shared.publish(task.parameters, anew=late)
-        bare = replace(task, parameters={})
+        for number, worker in enumerate(self._workers):
+            worker.drop_unsent()
+            if not worker.is_alive():
+                self._workers[number] = worker.successor()
+        fresh = self._shared.publish(task.parameters, anew=any(worker.is_busy for worker in self._workers))
         for worker in self._workers:
-            worker.ensure_alive()
-            if fresh or not worker.has_memory:
-                worker.give_memory(self._shared)
+            worker.has_memory = worker.has_memory and not fresh
+        bare = replace(task, parameters={})
         for name in clients:
-            self._owner[name].submit(Command(self._exchange, bare, name))
+            self._workers[self._owner[name]].submit(Command(self._exchange, bare, name))
         self._order = deque(clients)
 
     def replies(self, timeout: float | None = None) -> Iterator[Reply]:
@@ -93,8 +105,10 @@ class PoolEngine(Engine):
                 if name in ready:
                     self._order.popleft()
                     answer, worker = ready.pop(name)
-                    yield worker.open(answer)
-                    worker.free(answer)
+                    try:
+                        yield worker.open(answer)
+                    finally:
+                        worker.free(answer)
         finally:
             for answer, worker in ready.values():
                 worker.free(answer)
@@ -102,18 +116,32 @@ class PoolEngine(Engine):
 
     def _collect(self, ready: dict[str, tuple[Answer, _WorkerProcess]], deadline: float | None) -> bool:
         """Wait for one event from any worker; false when the time is over."""
-        waits: dict[Any, _WorkerProcess] = {}
-        for worker in self._workers:
-            waits.update(worker.waits())
+        waits: dict[Any, int] = {}
+        for number, worker in enumerate(self._workers):
+            waits.update(dict.fromkeys(worker.waits(), number))
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         events = connection.wait(list(waits), left)
-        for worker in {id(waits[event]): waits[event] for event in events}.values():
-            for answer in worker.collect():
+        for number in sorted({waits[event] for event in events}):
+            worker = self._workers[number]
+            answers, is_dead = worker.collect()
+            if is_dead:
+                answers += self._replace(number)
+            for answer in answers:
                 if answer.exchange == self._exchange:
                     ready[answer.reply.site] = (answer, worker)
                 else:  # a late site of an earlier exchange
                     worker.free(answer)
         return bool(events)
+
+    def _replace(self, number: int) -> list[Answer]:
+        """Start a dead worker again: the site it worked on has failed, those behind it get their turn."""
+        dead = self._workers[number]
+        failed, waiting = dead.bury()
+        self._workers[number] = dead.successor()
+        for command in waiting:
+            if command.exchange == self._exchange:
+                self._workers[number].submit(command)
+        return failed
 
     def describe(self) -> str:
         """Such as ``in-process, 2 workers on cpu``."""
@@ -158,92 +186,110 @@ class _Shared:
 
 
 class _WorkerProcess:
-    """The parent's end of one worker."""
+    """The parent's end of one worker, for one life of its process."""
 
-    def __init__(self, context: ForkServerContext | SpawnContext, assignment: Assignment) -> None:
-        self._context = context
-        self.assignment = assignment
-        self._queue: deque[Command] = deque()
-        self._lost: list[Answer] = []
-        self._start()
-
-    def _start(self) -> None:
-        theirs, self._commands = self._context.Pipe(duplex=True)
-        self._answers, answers = self._context.Pipe(duplex=False)
-        frees, self._frees = self._context.Pipe(duplex=False)
+    def __init__(self, context: ForkServerContext | SpawnContext, assignment: Assignment, shared: _Shared) -> None:
         self.has_memory = False
+        self._context, self._assignment, self._shared = context, assignment, shared
+        self._queue: deque[Command] = deque()
+        self._sent = 0  # how many of the queue, from its head, the process has
         self._slot: mmap.mmap | None = None
-        self._process = self._context.Process(
-            target=main, args=(theirs, answers, frees, self.assignment), daemon=True, name="sfl-worker"
+        theirs, self._commands = context.Pipe(duplex=True)
+        self._answers, answers = context.Pipe(duplex=False)
+        frees, self._frees = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=main, args=(theirs, answers, frees, assignment), daemon=True, name="sfl-worker"
         )
-        with thread_environment(self.assignment.threads):
-            self._process.start()
-        for end in (theirs, answers, frees):
-            end.close()
+        try:
+            with thread_environment(assignment.threads):
+                self._process.start()
+        except (PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"client and client_kwargs must be fit to hand to a worker process, got: {error}. "
+                "Use a class or function of an importable module and plain arguments, or workers=1."
+            ) from error
+        finally:
+            for end in (theirs, answers, frees):
+                end.close()
+
+    def successor(self) -> _WorkerProcess:
+        """A new process in place of this one."""
+        self.stop()
+        return _WorkerProcess(self._context, self._assignment, self._shared)
 
     @property
     def is_busy(self) -> bool:
-        """Whether it still works on a task of an earlier exchange."""
-        return bool(self._queue)
+        """Whether it still works on a task."""
+        return self._sent > 0
 
-    def ensure_alive(self) -> None:
-        """Start the worker again if it has died."""
-        if not self._process.is_alive():
-            self._collect_dead()
-            self._start()
-
-    def give_memory(self, shared: _Shared) -> None:
-        """Hand over the parameters and a slot for deltas."""
-        layout = shared.layout
-        if layout is None:
-            raise EngineError("parameters must be published before a worker can read them.")
-        slot = open_anonymous(layout.nbytes)
-        try:
-            self._slot = mmap.mmap(slot, layout.nbytes)
-            self._commands.send(Memory(layout))
-            for descriptor in (shared.descriptor, slot):
-                reduction.send_handle(self._commands, descriptor, self._process.pid)
-            self.has_memory = True
-        except (BrokenPipeError, ConnectionError):
-            self.has_memory = False  # it died just now; its sites' replies will say so
-        finally:
-            os.close(slot)
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.is_alive()
 
     def submit(self, command: Command) -> None:
         """Queue a task."""
         self._queue.append(command)
+        self._push()
+
+    def drop_unsent(self) -> None:
+        """Forget the tasks that the process has not been handed yet."""
+        while len(self._queue) > self._sent:
+            self._queue.pop()
+
+    def _push(self) -> None:
+        """Hand over tasks: few at a time, so that a pipe never fills, and memory only to a process that reads it."""
         try:
-            self._commands.send(command)
-        except (BrokenPipeError, ConnectionError):
-            self._collect_dead()
+            if self._queue and not self.has_memory and not self._sent:
+                self._give_memory()
+            while self.has_memory and self._sent < min(_AHEAD, len(self._queue)):
+                self._commands.send(self._queue[self._sent])
+                self._sent += 1
+        except ConnectionError:
+            return  # it has just died: its sentinel says so to ``collect``
 
-    def waits(self) -> list[tuple[Any, _WorkerProcess]]:
+    def _give_memory(self) -> None:
+        """Hand over the parameters and a slot for deltas."""
+        layout = self._shared.layout
+        if layout is None:
+            raise EngineError("parameters must be published before a worker can read them.")
+        slot = open_anonymous(layout.slot_nbytes)
+        try:
+            self._slot = mmap.mmap(slot, layout.slot_nbytes)
+            self._commands.send(Memory(layout))
+            for descriptor in (self._shared.descriptor, slot):
+                reduction.send_handle(self._commands, descriptor, self._process.pid)
+            self.has_memory = True
+        finally:
+            os.close(slot)
+
+    def waits(self) -> list[Any]:
         """What to wait on for an event of this worker."""
-        return [(self._answers, self), (self._process.sentinel, self)] if self._queue or self._lost else []
+        return [self._answers, self._process.sentinel] if self._queue else []
 
-    def collect(self) -> list[Answer]:
-        """Whatever has arrived, without waiting. A dead worker's sites have failed."""
-        arrived, self._lost = self._lost, []
+    def collect(self) -> tuple[list[Answer], bool]:
+        """Whatever has arrived, without waiting, and whether the process is dead."""
+        arrived: list[Answer] = []
         try:
             while self._answers.poll():
-                answer: Answer = self._answers.recv()
+                arrived.append(self._answers.recv())
                 self._queue.popleft()
-                arrived.append(answer)
-        except (EOFError, ConnectionError):
-            self._collect_dead()
-        if not self._process.is_alive() and not self._answers.poll():
-            self._collect_dead()
-        arrived += self._lost
-        self._lost = []
-        return arrived
+                self._sent -= 1
+        except (EOFError, OSError):
+            return arrived, True
+        is_dead = not self.is_alive() and not self._answers.poll()
+        self._push()
+        return arrived, is_dead
 
-    def _collect_dead(self) -> None:
-        self._process.join(1.0)
+    def bury(self) -> tuple[list[Answer], list[Command]]:
+        """Of a dead process: the reply of the site it worked on, and the tasks behind it."""
+        self.stop()
+        if not self._queue:
+            return [], []
+        command = self._queue.popleft()
         code = self._process.exitcode
-        for command in self._queue:
-            reason = f"{command.site}: its worker process died (exit code {code}); it starts anew with the next task"
-            self._lost.append(Answer(command.exchange, Reply(command.site, Status.FAILED, reason=reason), None))
-        self._queue.clear()
+        reason = f"{command.site}: its worker process died (exit code {code}); it starts anew with the next task"
+        reply = Reply(command.site, Status.FAILED, reason=reason)
+        return [Answer(command.exchange, reply, None)], list(self._queue)
 
     def open(self, answer: Answer) -> Reply:
         """The reply with its arrays: views into the slot, lent until ``free``."""
@@ -258,15 +304,15 @@ class _WorkerProcess:
         if answer.layout is not None:
             try:
                 self._frees.send(None)
-            except (BrokenPipeError, ConnectionError):
+            except OSError:
                 return  # it died; nothing waits for the slot
 
     def stop(self) -> None:
         """End the process: kindly when it is idle, at once when it is not."""
+        if self._sent:
+            self._process.terminate()
         for end in (self._commands, self._answers, self._frees):
             end.close()
-        if self._queue:
-            self._process.terminate()
         self._process.join(5.0)
         if self._process.is_alive():
             self._process.kill()

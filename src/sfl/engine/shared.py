@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -31,6 +32,11 @@ class Layout:
             entries.append((name, value.dtype.str, value.shape, offset))
             offset += -(-value.nbytes // _ALIGN) * _ALIGN
         return cls(tuple(entries), max(offset, _ALIGN))
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Room for any delta of these shapes, whatever its dtype. Pages that are never written cost nothing."""
+        return sum(-(-math.prod(shape) * 8 // _ALIGN) * _ALIGN for _, _, shape, _ in self.entries) or _ALIGN
 
     def views(self, buffer: mmap.mmap, *, writeable: bool) -> Parameters:
         """The arrays inside ``buffer``, without a copy."""

@@ -107,7 +107,7 @@ class _Worker:
 
     def _map(self, layout: Layout) -> None:
         self.parameters = layout.views(self._buffer(layout.nbytes, mmap.PROT_READ), writeable=False)
-        self.slot = self._buffer(layout.nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.slot = self._buffer(layout.slot_nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
 
     def _buffer(self, nbytes: int, protection: int) -> mmap.mmap:
         descriptor = reduction.recv_handle(self.commands)

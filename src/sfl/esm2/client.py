@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -127,9 +127,17 @@ def mlm_loss(module: nn.Module, batch: MaskedBatch) -> BatchLoss:
 
 
 def figures(outcome: Outcome) -> Metrics:
-    """Loss, perplexity and masked accuracy."""
-    return {
-        "loss": outcome.loss,
-        "perplexity": float(np.exp(min(outcome.loss, 80.0))),
-        "masked_accuracy": outcome.accuracy,
-    }
+    """Loss and masked accuracy."""
+    return {"loss": outcome.loss, "masked_accuracy": outcome.accuracy}
+
+
+def with_perplexity(metrics: Metrics) -> Metrics:
+    """Perplexity beside a loss: the exponential of the *mean* loss, also over sites.
+
+    Example:
+        >>> with_perplexity({"loss": 0.0})
+        {'loss': 0.0, 'perplexity': 1.0}
+    """
+    if "loss" not in metrics:
+        return dict(metrics)
+    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 80.0))}

@@ -13,12 +13,13 @@ from sfl.esm2.client import (
     figures,
     resident_model,
     sample,
+    with_perplexity,
 )
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.model import ModelSource, save_model
 from sfl.recipe import FedAvgRecipe
 from sfl.train.devices import limit_threads
-from sfl.train.module import copy_parameters, load_parameters
+from sfl.train.module import copy_parameters, load_parameters, release_resident
 from sfl.types import Metrics, Parameters
 
 
@@ -37,7 +38,8 @@ class ESM2Server:
     device: str = "cpu"
 
     def initial_parameters(self) -> Parameters:
-        """The pretrained weights."""
+        """The pretrained weights, read anew: an earlier run of this process has trained the resident model."""
+        release_resident()
         return copy_parameters(resident_model(self.model, self.device))
 
     def central(self, parameters: Parameters) -> Metrics:
@@ -69,4 +71,5 @@ def esm2_recipe(config: ESM2RunConfig, model: ModelSource, *, device: str = "cpu
         initial_parameters=server.initial_parameters,
         federation=config.federation,
         central=server.central,
+        derive=with_perplexity,
     )

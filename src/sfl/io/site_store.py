@@ -39,7 +39,7 @@ class SiteStore:
         earlier = [number for number in rounds if number < before]
         if earlier:
             return load_tree(self._path(earlier[-1]))["state"]
-        if rounds and not load_tree(self._path(rounds[0]))["first"]:
+        if before > 1 and rounds and not load_tree(self._path(rounds[0]))["first"]:
             raise CheckpointError(
                 f"{self.folder} must hold the site's state before round {before}, got rounds {rounds}. "
                 "The run fell back further than the sites remember; start it anew."

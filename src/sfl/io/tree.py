@@ -60,13 +60,14 @@ def load_tree(path: Path) -> StateTree:
             header = json.loads((file.metadata() or {}).get("sfl", "{}"))
             # copied: the file may go while the arrays stay
             tensors = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+        written, skeleton, digest = (str(header.get(key)) for key in ("format", "tree", "digest"))
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} must be a whole checkpoint, got: {error}.") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} must have format {FORMAT}, got {header.get('format')!r}.")
-    if header.get("digest") != _digest(header["tree"], tensors):
+    if written != FORMAT:
+        raise CheckpointError(f"{path} must have format {FORMAT}, got {written!r}.")
+    if digest != _digest(skeleton, tensors):
         raise CheckpointError(f"{path} must match its digest, got other content. The file is torn or was edited.")
-    return _unflatten(json.loads(header["tree"]), tensors)
+    return _unflatten(json.loads(skeleton), tensors)
 
 
 def sync(path: Path) -> None:
@@ -102,16 +103,23 @@ def _flatten(tree: StateTree, tensors: dict[str, Array]) -> Any:
         return tree
     if isinstance(tree, np.ndarray):
         key = f"t{len(tensors):06d}"
-        tensors[key] = np.ascontiguousarray(tree).reshape(tree.shape)
+        native = np.ascontiguousarray(tree, dtype=tree.dtype.newbyteorder("="))  # as the file will give it back
+        tensors[key] = native.reshape(tree.shape)
         return {"$tensor": key}
     if isinstance(tree, dict):
-        return {"$dict": [[str(key), _flatten(value, tensors)] for key, value in tree.items()]}
+        return {"$dict": [[_key(key), _flatten(value, tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
         kind = "$tuple" if isinstance(tree, tuple) else "$list"
         return {kind: [_flatten(value, tensors) for value in tree]}
     raise CheckpointError(
         f"a checkpointed state must be made of arrays, numbers, strings, dicts and lists, got {type(tree).__name__}."
     )
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str):
+        raise CheckpointError(f"keys of a checkpointed state must be strings, got {key!r}.")
+    return key
 
 
 def _unflatten(node: Any, tensors: dict[str, Array]) -> StateTree:

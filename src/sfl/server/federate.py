@@ -127,11 +127,13 @@ class _Run:
         try:
             aggregate = _aggregate(self.job.aggregator, mean.watch(self._usable(task, cohort)))
         except RoundError as error:
-            raise RoundError(self._shortfall(task, 0, minimum)) from error
+            if mean.count >= minimum:  # the aggregator's own reason
+                raise
+            raise RoundError(self._shortfall(task, mean.count, minimum)) from error
         self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
         if mean.count < minimum:
             raise RoundError(self._shortfall(task, mean.count, minimum))
-        return aggregate, mean.result()
+        return aggregate, self.job.derive(mean.result())
 
     def _usable(self, task: Task, cohort: Sequence[str]) -> Iterator[Update]:
         """The usable updates in site order; every planned site is recorded, whatever became of it."""
@@ -161,7 +163,7 @@ class _Run:
             seconds=reply.seconds,
             nbytes=reply.nbytes,
             num_examples=update.weight if update is not None else 0.0,
-            metrics=dict(update.metrics) if update is not None else {},
+            metrics=self.job.derive(update.metrics) if update is not None else {},
         )
         self.sites.append(finished)
         self._emit(finished)
@@ -202,11 +204,12 @@ class _Run:
         central: Metrics = {}
         if self.job.central is not None:
             with self._timed("central"):
-                central = self.job.central(parameters)
-        return mean.result(), central
+                central = self.job.derive(self.job.central(parameters))
+        return self.job.derive(mean.result()), central
 
     def _shortfall(self, task: Task, got: int, minimum: int) -> str:
-        reasons = [s.reason or s.status for s in self.sites if s.stage == task.name and s.status is not Status.USED]
+        unused = [s for s in self.sites if s.stage == task.name and s.status is not Status.USED]
+        reasons = [s.reason if s.reason.startswith(s.site) else f"{s.site}: {s.reason or s.status}" for s in unused]
         listed = "\n  ".join(reasons)
         return (
             f"round {task.round} must have at least {minimum} usable updates, got {got} of "
@@ -228,13 +231,21 @@ class _Run:
 
 def _screened(reply: Reply, task: Task) -> Reply:
     """The server's own look: nothing that breaks the contract reaches an aggregator, whoever sent it."""
-    if reply.update is None:
-        return reply
+    update = reply.update
+    if reply.status is not Status.USED:
+        return replace(reply, update=None)
     try:
-        check.check_update(reply.update, task.parameters)
+        if update is None or update.site != reply.site:
+            raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
+        check.check_update(update, task.parameters)
+        check.check_metrics(update.site, update.metrics)
     except UpdateError as error:
         return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds)
     return reply
+
+
+def _whose(update: Update | None) -> str:
+    return "none" if update is None else f"that of {update.site!r}"
 
 
 def _aggregate(aggregator: Aggregator, updates: Iterable[Update]) -> Update:

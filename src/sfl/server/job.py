@@ -27,6 +27,7 @@ class Job:
         mechanisms: Charged to the ledger before every exchange that trains.
         federation: Sites, rounds, minimum, seed.
         central: The global model's figures on the global held-out data, if the job has some.
+        derive: Adds figures that follow from others, such as a perplexity from a mean loss; never averaged themselves.
         evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates.
     """
 
@@ -39,4 +40,5 @@ class Job:
     server_chain: Chain = field(default_factory=Chain)
     mechanisms: tuple[Mechanism, ...] = ()
     central: Callable[[Parameters], Metrics] | None = None
+    derive: Callable[[Metrics], Metrics] = dict
     evaluate_every: int = 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from sfl.core.algorithm import ServerState
 from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
 from sfl.engine.base import Engine
-from sfl.errors import DataError, MissingExtraError
+from sfl.errors import ConfigError, DataError, MissingExtraError
 from sfl.io.checkpoint import Checkpoints
 from sfl.io.environment import environment
 from sfl.io.metrics import MetricsWriter
@@ -66,6 +66,8 @@ def run_job(
         if out is not None:
             state, hooks = stack.enter_context(_files(out, resume=resume, observers=hooks.observers))
         carrier = stack.enter_context(engine(job, out / "sites" if out is not None else None))
+        if state is not None and job.mechanisms:
+            hooks.ledger.must_cover(state.round)
         state = federate(job, carrier, state=state, hooks=hooks)
     return RunResult(state, tuple(history.rounds), history.reason, out)
 
@@ -75,6 +77,10 @@ def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Generat
     folder = RunFolder(out)
     notices: list[str] = []
     checkpoints = Checkpoints(folder.checkpoints)
+    if not resume and (checkpoints.paths() or folder.ledger.exists()):
+        raise ConfigError(
+            f"out must be the folder of a new run, got {out}, which holds one. Choose another, or resume."
+        )
     state = checkpoints.load_latest(notices.append) if resume else None
     for text in notices:
         for observer in observers:

@@ -61,7 +61,7 @@ def _devices(device: str, gpus: int) -> list[str]:
     if device == "auto":
         return [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+    if kind != "cuda" or (index and not index.isdecimal()):
         raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps, got {device!r}.")
     if gpus == 0 or (index and int(index) >= gpus):
         raise ConfigError(f"device must be one that is there, got {device!r} with {gpus} GPUs. Use --device cpu.")
