@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -47,14 +48,22 @@ class LargeClient(BaseFederatedClient):
 
     lends_arrays: ClassVar[bool] = True
 
+    def __init__(self, width: int, **identity) -> None:
+        super().__init__(**identity)
+        self.width = width
+
     def compute_update(self, parameters, config):  # noqa: ARG002
-        module = resident("large", work.Large)
+        module = resident_large(self.width)
         load_parameters(module, parameters)
         module.work(self.client_id)
         return lend_parameters(module), work.large_weight(self.client_id), {}
 
     def evaluate(self, parameters, config):
         raise NotImplementedError
+
+
+def resident_large(width: int) -> work.Large:
+    return resident(("large", width), lambda: work.Large(width))
 
 
 class LargeNumpyClient(BaseFederatedClient):
@@ -81,19 +90,27 @@ def classifier(job: work.Job, workers: int = 1) -> Loop:
     return lambda: recipe.execute(SimEnv(device="cpu")).parameters
 
 
-def large(client: type[BaseFederatedClient], initial: Callable[[], dict[str, np.ndarray]], workers: int = 1) -> Loop:
+def large(width: int = work.LARGE_WIDTH, workers: int = 1) -> Loop:
     recipe = FedAvgRecipe(
         name="large",
-        client=client,
-        initial_parameters=initial,
+        client=LargeClient,
+        client_kwargs={"width": width},
+        initial_parameters=lambda: copy_parameters(resident_large(width)),
         federation=FederationConfig(num_clients=work.LARGE_SITES, num_rounds=work.LARGE_ROUNDS, workers=workers),
         evaluate_every=0,
     )
     return lambda: recipe.execute(SimEnv(device="cpu")).parameters
 
 
-def initial_large() -> dict[str, np.ndarray]:
-    return copy_parameters(resident("large", work.Large))
+def large_numpy(width: int = work.LARGE_WIDTH) -> Loop:
+    recipe = FedAvgRecipe(
+        name="large-numpy",
+        client=LargeNumpyClient,
+        initial_parameters=lambda: work.large_arrays(width),
+        federation=FederationConfig(num_clients=work.LARGE_SITES, num_rounds=work.LARGE_ROUNDS),
+        evaluate_every=0,
+    )
+    return lambda: recipe.execute(SimEnv(device="cpu")).parameters
 
 
 def esm2(folder: Path, workers: int = 1) -> Loop:
@@ -117,6 +134,7 @@ def esm2(folder: Path, workers: int = 1) -> Loop:
         ),
     )
     federated_data(config)
+    import_module("transformers").EsmForMaskedLM  # noqa: B018 - loaded on first use; the plain loop has it before, too
     work.optimizer_is_imported()
     recipe = esm2_recipe(config, find_model(str(files.model)), device="cpu")
     return lambda: recipe.execute(SimEnv(device="cpu")).parameters
@@ -126,9 +144,11 @@ JOBS: dict[str, Callable[[Path], Loop]] = {
     "tiny": lambda _: classifier(work.TINY),
     "digits": lambda _: classifier(work.DIGITS),
     "digits-2": lambda _: classifier(work.DIGITS, workers=2),
-    "large": lambda _: large(LargeClient, initial_large),
-    "large-2": lambda _: large(LargeClient, initial_large, workers=2),
-    "large-numpy": lambda _: large(LargeNumpyClient, work.large_arrays),
+    "large": lambda _: large(),
+    "large-2": lambda _: large(workers=2),
+    "large-empty": lambda _: large(width=1),
+    "large-numpy": lambda _: large_numpy(),
+    "large-numpy-empty": lambda _: large_numpy(width=1),
     "esm2": esm2,
     "esm2-2": partial(esm2, workers=2),
 }

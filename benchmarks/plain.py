@@ -66,11 +66,11 @@ def named(module: nn.Module, values: list[torch.Tensor]) -> dict[str, np.ndarray
     return {name: value.numpy() for (name, _), value in zip(module.named_parameters(), values, strict=True)}
 
 
-def large() -> Loop:
+def large(width: int = work.LARGE_WIDTH) -> Loop:
     """Three models: the resident one, the global parameters, and their running mean."""
 
     def loop() -> dict[str, np.ndarray]:
-        module = work.Large()
+        module = work.Large(width)
         current = [p.detach().clone() for p in module.parameters()]
         weights = [work.large_weight(client) for client in range(work.LARGE_SITES)]
         for _ in range(work.LARGE_ROUNDS):
@@ -85,11 +85,11 @@ def large() -> Loop:
     return loop
 
 
-def large_numpy() -> Loop:
+def large_numpy(width: int = work.LARGE_WIDTH) -> Loop:
     """The same with arrays; each site's update is a new dict of new arrays."""
 
     def loop() -> dict[str, np.ndarray]:
-        current = work.large_arrays()
+        current = work.large_arrays(width)
         weights = [work.large_weight(client) for client in range(work.LARGE_SITES)]
         for _ in range(work.LARGE_ROUNDS):
             total = {name: np.zeros_like(value) for name, value in current.items()}
@@ -98,6 +98,7 @@ def large_numpy() -> Loop:
                 for name, value in update.items():
                     value *= weight / sum(weights)
                     total[name] += value
+                del update, value
             current = total
         return current
 
@@ -115,6 +116,8 @@ JOBS: dict[str, Callable[[Path], Loop]] = {
     "tiny": lambda _: classifier(work.TINY),
     "digits": lambda _: classifier(work.DIGITS),
     "large": lambda _: large(),
+    "large-empty": lambda _: large(width=1),
     "large-numpy": lambda _: large_numpy(),
+    "large-numpy-empty": lambda _: large_numpy(width=1),
     "esm2": esm2,
 }

@@ -105,9 +105,9 @@ def _random(count: int, widths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 class Large(nn.Module):
     """25 million parameters and no forward pass: its local work is one pass over memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = LARGE_WIDTH) -> None:
         super().__init__()
-        shape = (LARGE_WIDTH, LARGE_WIDTH)
+        shape = (width, width)
         self.layers = nn.ParameterList(torch.full(shape, float(i) / LARGE_LAYERS) for i in range(LARGE_LAYERS))
 
     @torch.no_grad()
@@ -117,9 +117,9 @@ class Large(nn.Module):
             parameter.add_(STEP * (client + 1))
 
 
-def large_arrays() -> dict[str, np.ndarray]:
+def large_arrays(width: int = LARGE_WIDTH) -> dict[str, np.ndarray]:
     """The same numbers as arrays."""
-    shape = (LARGE_WIDTH, LARGE_WIDTH)
+    shape = (width, width)
     return {f"layers.{i}": np.full(shape, i / LARGE_LAYERS, np.float32) for i in range(LARGE_LAYERS)}
 
 

@@ -212,7 +212,7 @@ def test_add_scaled_of_zero_dimensions() -> None:
 def test_subtract_into_may_overwrite_its_input(layout: str) -> None:
     updated, base = LAYOUTS[layout](values((7, 5), seed=1)), values((7, 5), seed=2)
     expected = updated - base
-    assert arrays.subtract_into(updated, base, updated) is updated
+    assert arrays.subtract_into(updated, base, updated)
     np.testing.assert_array_equal(updated, expected)
 
 

@@ -5,6 +5,7 @@ Importing this package is cheap: it pulls in no torch, transformers or engine. N
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 __version__ = "0.1.0"
+
+logging.getLogger("sfl").addHandler(logging.NullHandler())  # a library says nothing until it is asked to
 
 _HOMES = {
     "ClientConfig": "sfl.types",

@@ -113,6 +113,8 @@ class Site:
                 f"got {type(returned).__name__}."
             )
         parameters, count, metrics = cast("tuple[Parameters, object, object]", returned)
+        if isinstance(parameters, Mapping):  # arithmetic on an array of 0 dimensions gives a numpy scalar
+            parameters = {k: np.asarray(v) if isinstance(v, np.generic) else v for k, v in parameters.items()}
         check.check_structure(self.name, parameters, task.parameters)
         weight = self._weight(check.check_count(self.name, count))
         clean = check.check_metrics(self.name, metrics)
@@ -162,11 +164,9 @@ def _delta(site: str, updated: Parameters, base: Parameters, *, in_place: bool) 
     delta: Parameters = {}
     for name, before in base.items():
         after = updated.pop(name)
-        if before.dtype.kind == "b":
-            delta[name] = after.astype(np.int8) - before.astype(np.int8)
-            continue
-        lent = in_place and after.flags.writeable and after.dtype == before.dtype
-        delta[name] = after if lent else np.empty(before.shape, before.dtype)
+        dtype = np.dtype(np.int64) if before.dtype.kind in "iub" else before.dtype  # no narrower one holds them all
+        lent = in_place and after.flags.writeable and after.dtype == dtype
+        delta[name] = after if lent else np.empty(before.shape, dtype)
         if not arrays.subtract_into(after, before, delta[name]):
             check.check_finite(site, {name: delta[name]})
     return delta

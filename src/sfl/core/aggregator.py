@@ -71,6 +71,7 @@ class Sum(Aggregator):
         for update in updates:
             _accumulate(total, update, 1.0)
             count += 1.0
+            del update  # what it holds is let go before the next is drawn
         return Update(site=SERVER, delta=_some(total, count), weight=count)
 
 
@@ -85,6 +86,7 @@ def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
     for update in updates:
         _accumulate(total, update, update.weight)
         weight += update.weight
+        del update  # what it holds is let go before the next is drawn
     return _some(total, weight), weight
 
 

@@ -87,10 +87,10 @@ def subtract_into(updated: Array, base: Array, out: Array) -> bool:
         out: Of the same shape; it may be ``updated``.
     """
     if out.size <= BLOCK or not out.flags.c_contiguous:  # reshape(-1) would write to a copy of such an array
-        return is_finite(np.subtract(updated, base, out=out, dtype=out.dtype, casting="same_kind"))
+        return is_finite(np.subtract(updated, base, out=out, dtype=out.dtype))
     finite = True
     for left, right, difference in zip(blocks(updated), blocks(base), blocks(out), strict=True):
-        np.subtract(left, right, out=difference, dtype=out.dtype, casting="same_kind")
+        np.subtract(left, right, out=difference, dtype=out.dtype)
         finite = finite and is_finite(difference)
     return finite
 

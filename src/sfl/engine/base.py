@@ -51,6 +51,7 @@ class Engine(ABC):
             while (site := next(iter(open_sites), None)) in waiting:
                 del open_sites[site]
                 yield waiting.pop(site)
+            del reply  # what it holds is let go before the next is drawn
         for site in open_sites:
             yield waiting[site] if site in waiting else _late(site, timeout)
 

@@ -94,21 +94,24 @@ class PoolEngine(Engine):
         self._order = deque(clients)
 
     def replies(self, timeout: float | None = None) -> Iterator[Reply]:
-        """Replies in the order in which the sites were given, as soon as each one's turn has come."""
+        """Replies in the order in which the sites were given; under a timeout as they arrive, so that nobody waits
+        for a site that may be late, and another's turn is not lost with it.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         ready: dict[str, tuple[Answer, _WorkerProcess]] = {}
         try:
             while self._order:
-                name = self._order[0]
-                if name not in ready and not self._collect(ready, deadline):
-                    return
+                first = self._order[0]
+                name = next(iter(ready), first) if deadline is not None and first not in ready else first
                 if name in ready:
-                    self._order.popleft()
+                    self._order.remove(name)
                     answer, worker = ready.pop(name)
                     try:
                         yield worker.open(answer)
                     finally:
                         worker.free(answer)
+                elif not self._collect(ready, deadline):
+                    return
         finally:
             for answer, worker in ready.values():
                 worker.free(answer)
@@ -282,6 +285,7 @@ class _WorkerProcess:
 
     def bury(self) -> tuple[list[Answer], list[Command]]:
         """Of a dead process: the reply of the site it worked on, and the tasks behind it."""
+        self._process.join(1.0)  # its own exit code, not that of ``stop``
         self.stop()
         if not self._queue:
             return [], []

@@ -74,9 +74,9 @@ class ESM2Client(BaseFederatedClient):
         return outcome.loss, len(self.held_out), figures(outcome)
 
 
-def resident_model(source: ModelSource, device: str) -> EsmForMaskedLM:
-    """The worker's one model of this source."""
-    return resident(("esm2", source.location, device), lambda: cast("Any", load_model(source)).to(device))
+def resident_model(source: ModelSource, device: str, *, seed: int = 0) -> EsmForMaskedLM:
+    """The worker's one model of this source; ``seed`` is that of arrays which the checkpoint lacks."""
+    return resident(("esm2", source.location, device), lambda: cast("Any", load_model(source, seed=seed)).to(device))
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "facebook/esm2_t6_8M_UR50D"
 BUNDLED = "bundled"
+_LOG = logging.getLogger("sfl.esm2")
 _HUB_TIMEOUT = 3.0  # seconds; the default model is a convenience, not worth waiting for
 
 
@@ -65,8 +67,14 @@ def find_model(name: str | None) -> ModelSource:
     return ModelSource(BUNDLED, str(bundled_folder()), why)
 
 
-def load_model(source: ModelSource) -> EsmForMaskedLM:
+def load_model(source: ModelSource, *, seed: int = 0) -> EsmForMaskedLM:
     """Load ``EsmForMaskedLM`` in float32 with SDPA attention; what has no gradient in MLM is frozen.
+
+    A checkpoint without a masked-LM head, such as a classifier's trunk, is given a new one, with a warning.
+
+    Args:
+        source: Which model.
+        seed: Of what the checkpoint lacks and starts at random.
 
     Raises:
         ModelError: If it cannot be loaded, or is not an ESM2 model.
@@ -86,13 +94,19 @@ def load_model(source: ModelSource) -> EsmForMaskedLM:
             f"model must be an ESM2 checkpoint with {len(TOKENS)} tokens, got {source.name!r} of type "
             f"{config.model_type!r} with {getattr(config, 'vocab_size', '?')}. Use e.g. {DEFAULT}."
         )
+    import torch
+
+    torch.default_generator.manual_seed(seed)
     try:
-        model = transformers.EsmForMaskedLM.from_pretrained(
-            source.location, dtype="float32", attn_implementation="sdpa"
+        model, info = transformers.EsmForMaskedLM.from_pretrained(
+            source.location, dtype="float32", attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {source.name!r} must have loadable weights, got: {_first_line(error)}") from error
     model.esm.contact_head.requires_grad_(False)
+    lacking = sorted(name for name in info["missing_keys"] if "contact_head" not in name)
+    if lacking:
+        _LOG.warning("model %s lacks %d arrays (%s …), which start at random", source.name, len(lacking), lacking[0])
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfl.core import rng
 from sfl.esm2.client import (
     ESM2Client,
     esm2_trainer,
@@ -40,7 +41,8 @@ class ESM2Server:
     def initial_parameters(self) -> Parameters:
         """The pretrained weights, read anew: an earlier run of this process has trained the resident model."""
         release_resident()
-        return copy_parameters(resident_model(self.model, self.device))
+        seed = rng.public_seed(self.config.federation.seed, 0, "initial-parameters")
+        return copy_parameters(resident_model(self.model, self.device, seed=seed))
 
     def central(self, parameters: Parameters) -> Metrics:
         """Figures on the proteins that no site has; empty where there are none."""

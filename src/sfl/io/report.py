@@ -46,11 +46,12 @@ def _context(folder: Path) -> dict[str, Any]:
     rounds = read_rounds(folder / JSONL)
     data = _json(folder / "data.json")
     config_text = _text(folder / "config.yaml")
+    environment = _json(folder / "environment.json")
     names = report_tables.metric_names(rounds)
     columns = report_tables.figure_columns(rounds, names)
     charts = [(metric_name(name), report_charts.metric_chart(name, rounds)) for name in names[:_CHARTS_SHOWN]]
     return {
-        **report_tables.config_facts(_yaml(config_text, folder), folder.resolve().name),
+        **report_tables.config_facts(_yaml(config_text, folder), environment.get("job") or folder.resolve().name),
         "done": rounds[-1].round if rounds else 0,
         "headline": report_tables.headline(rounds),
         "charts": [(name, chart) for name, chart in charts if chart is not None],
@@ -66,7 +67,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "totals": report_tables.totals(rounds),
         "privacy": _json(folder / "privacy.json"),
         "config": config_text,
-        "environment": _json(folder / "environment.json"),
+        "environment": environment,
         "plotly_js": report_charts.plotly_js(),
     }
 

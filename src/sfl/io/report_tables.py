@@ -141,11 +141,11 @@ def totals(rounds: Sequence[RoundFinished]) -> list[tuple[str, str]]:
     return [*rows, ("Parameters sent to the sites", size(down)), ("Updates received from them", size(up))]
 
 
-def config_facts(config: object, folder_name: str) -> dict[str, Any]:
-    """The job's name and how many rounds it planned, where the configuration says so."""
+def config_facts(config: object, otherwise: str) -> dict[str, Any]:
+    """The job's name and how many rounds it planned; the name is ``otherwise`` where the configuration has none."""
     tree: Mapping[str, Any] = config if isinstance(config, Mapping) else {}
     federation = tree.get("federation")
     job = next((tree[key] for key in ("job", "recipe", "name") if isinstance(tree.get(key), str)), None)
     planned = federation.get("num_rounds") if isinstance(federation, Mapping) else None
     planned = planned.get("value") if isinstance(planned, Mapping) else planned
-    return {"job": job or folder_name, "planned": planned if isinstance(planned, int) else None}
+    return {"job": job or otherwise, "planned": planned if isinstance(planned, int) else None}

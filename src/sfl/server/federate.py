@@ -150,6 +150,7 @@ class _Run:
             self._record(task, reply)
             if reply.update is not None:
                 yield reply.update
+            del reply  # what it holds is let go before the next site works
 
     def _record(self, task: Task, reply: Reply) -> None:
         update = reply.update
@@ -269,6 +270,7 @@ class _MetricsMean:
                 self._sums[name] += update.weight * value
                 self._weights[name] += update.weight
             yield update
+            del update
 
     def result(self) -> Metrics:
         return {name: total / self._weights[name] for name, total in self._sums.items()}

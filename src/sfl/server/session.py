@@ -64,7 +64,7 @@ def run_job(
         state: ServerState | None = None
         hooks = Hooks(observers=(history, *observers))
         if out is not None:
-            state, hooks = stack.enter_context(_files(out, resume=resume, observers=hooks.observers))
+            state, hooks = stack.enter_context(_files(out, job.name, resume=resume, observers=hooks.observers))
         carrier = stack.enter_context(engine(job, out / "sites" if out is not None else None))
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)
@@ -73,7 +73,9 @@ def run_job(
 
 
 @contextmanager
-def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Generator[tuple[ServerState | None, Hooks]]:
+def _files(
+    out: Path, job: str, *, resume: bool, observers: Sequence[Observer]
+) -> Generator[tuple[ServerState | None, Hooks]]:
     folder = RunFolder(out)
     notices: list[str] = []
     checkpoints = Checkpoints(folder.checkpoints)
@@ -85,7 +87,7 @@ def _files(out: Path, *, resume: bool, observers: Sequence[Observer]) -> Generat
     for text in notices:
         for observer in observers:
             observer(Notice(text=text, level="warning"))
-    folder.write_json("environment.json", environment())
+    folder.write_json("environment.json", {"job": job, **environment()})
     ledger = Ledger(folder.ledger)
     with MetricsWriter(out, resume_after=-1 if state is None else state.round) as writer:
         hooks = Hooks(observers=(*observers, writer), save=checkpoints.save, ledger=ledger)

@@ -90,7 +90,7 @@ def _step(before: Array, delta: Array, rate: float) -> Array:
     if rate != 1.0:
         delta *= rate
     if before.dtype.kind != "f":
-        return (before.astype(np.int64) + np.rint(delta).astype(np.int64)).astype(before.dtype)
+        return np.asarray(before.astype(np.int64) + np.rint(delta).astype(np.int64), dtype=before.dtype)
     if delta.dtype == before.dtype:
         return np.add(before, delta, out=delta)
-    return (before + delta).astype(before.dtype)
+    return np.asarray(before + delta, dtype=before.dtype)

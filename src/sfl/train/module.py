@@ -33,8 +33,9 @@ def exchanged(module: nn.Module) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {
         name: parameter.data for name, parameter in module.named_parameters() if parameter.requires_grad
     }
-    kept = module.state_dict(keep_vars=True)
-    tensors.update({name: buffer for name, buffer in module.named_buffers() if name in kept})
+    buffers = dict(module.named_buffers())
+    kept = module.state_dict(keep_vars=True) if buffers else {}
+    tensors.update({name: buffer for name, buffer in buffers.items() if name in kept})
     return tensors
 
 
@@ -60,7 +61,7 @@ def load_parameters(module: nn.Module, parameters: Mapping[str, Array]) -> None:
         raise ModelError(f"parameters must have the model's {len(tensors)} names, got a difference in {different[:3]}.")
     for name, tensor in tensors.items():
         value = parameters[name]
-        if tuple(tensor.shape) != value.shape:
+        if tensor.shape != value.shape:
             raise ModelError(f"{name!r} must have shape {tuple(tensor.shape)}, got {value.shape}.")
         if tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16:
             np.copyto(tensor.numpy(), value, casting="same_kind")

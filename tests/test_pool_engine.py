@@ -1,0 +1,309 @@
+"""Workers: the bits of one process, whatever dies, sleeps, or is too large; and nothing is left behind."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import clients
+from sfl.client.site import SiteProgram
+from sfl.core.task import EVALUATE, FIT, Reply, Status, Task
+from sfl.core.transform import chain
+from sfl.engine.local import LocalEngine
+from sfl.engine.pool import PoolEngine
+from sfl.env import SimEnv
+from sfl.errors import ConfigError
+from sfl.recipe import FedAvgRecipe, RunResult
+from sfl.types import FederationConfig, Parameters, site_names
+
+W = {"w": np.zeros(2)}
+NAMES = ["site-1", "site-2", "site-3", "site-4"]
+
+
+def run(client: Any, sites: int, workers: int, *, rounds: int = 3, start: Parameters | None = None, **options: Any):
+    timeout = options.pop("round_timeout", 0.0)
+    recipe = FedAvgRecipe(
+        name="test",
+        client=client,
+        initial_parameters=start or W,
+        federation=FederationConfig(
+            num_clients=sites, num_rounds=rounds, workers=workers, fraction_fit=0.9, round_timeout=timeout
+        ),
+        **options,
+    )
+    recorder = clients.Recorder()
+    return recipe.execute(SimEnv(device="cpu"), observers=(recorder,)), recorder
+
+
+def bits(result: RunResult) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {k: (v.dtype.str, v.shape, v.tobytes()) for k, v in result.parameters.items()}
+
+
+def figures(result: RunResult) -> list[Any]:
+    return [(r.round, r.fit, r.evaluation, [(s.site, s.status, s.metrics) for s in r.sites]) for r in result.rounds]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> RunResult:
+    transforms = (clients.ErrorFeedback(),)
+    return run(clients.Wanderer, 5, 1, rounds=4, start=clients.many_dtypes(), transforms=transforms)[0]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_give_the_bits_of_one_process(workers: int, one_process: RunResult) -> None:
+    transforms = (clients.ErrorFeedback(),)
+    result, recorder = run(clients.Wanderer, 5, workers, rounds=4, start=clients.many_dtypes(), transforms=transforms)
+    assert bits(result) == bits(one_process)
+    assert figures(result) == figures(one_process)
+    assert f"{workers} workers" in recorder.events[0].engine
+
+
+def test_transforms_that_drop_or_widen_arrive_as_they_are() -> None:
+    start = {"w": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}
+    one, two = (
+        run(clients.Wanderer, 3, n, start=start, transforms=(clients.DropNames("w"), clients.Widen()))[0]
+        for n in (1, 2)
+    )
+    assert bits(one) == bits(two)
+    assert (two.parameters["b"] == 0.0).all()
+    assert (two.parameters["w"] != 0.0).all()
+
+
+def test_large_deltas_and_parameters_that_change_shape_between_tasks() -> None:
+    with pool(clients.Base) as engine:
+        for size in (1_500_000, 10, 0, 2_000_000):
+            replies = engine.exchange(Task(FIT, 1, {"w": np.arange(float(size))}), NAMES)
+            sums = [(float(r.update.delta["w"].sum()), r.nbytes) for r in replies if r.update]
+            assert sums == [(float(size), 8 * size)] * 4
+
+
+def test_many_sites_on_a_worker_do_not_fill_its_pipe() -> None:
+    names = [f"site-{number:04d}" for number in range(1200)]
+    config = {"padding": "x" * 2000}
+    with PoolEngine(SiteProgram(client=clients.Base), names, devices=["cpu", "cpu"]) as engine:
+        for task in (FIT, EVALUATE):
+            replies = [r.status for r in engine.exchange(Task(task, 1, W, config), names)]
+            assert replies == [Status.USED] * 1200
+
+
+# Dying, sleeping, hoarding
+
+
+def pool(client: Any, workers: int = 2, names: list[str] = NAMES, **options: Any) -> PoolEngine:
+    chained = chain(*options.pop("transforms", ()))
+    program = SiteProgram(client=client, chain=chained, kwargs=options)
+    return PoolEngine(program, names, devices=["cpu"] * workers)
+
+
+def statuses(engine: PoolEngine, round: int, timeout: float | None = None) -> list[tuple[Status, str]]:
+    return [(r.status, r.reason) for r in engine.exchange(Task(FIT, round, W), engine.clients(), timeout)]
+
+
+@pytest.mark.parametrize(("mode", "code"), [("os._exit", 3), ("sigkill", -9)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_fails_its_site_alone(mode: str, code: int, workers: int) -> None:
+    with pool(clients.Die, workers, mode=mode, round=2) as engine:
+        assert statuses(engine, 1) == [(Status.USED, "")] * 4
+        second = statuses(engine, 2)
+        assert [status for status, _ in second] == [Status.USED, Status.FAILED, Status.USED, Status.USED]
+        assert second[1][1].startswith(f"site-2: its worker process died (exit code {code})")
+        assert statuses(engine, 3) == [(Status.USED, "")] * 4
+
+
+def test_a_worker_that_dies_between_two_rounds_is_replaced() -> None:
+    with pool(clients.Base) as engine:
+        statuses(engine, 1)
+        for worker in multiprocessing.active_children():
+            if worker.name == "sfl-worker":
+                os.kill(worker.pid or 0, signal.SIGKILL)
+                worker.join(5)
+        assert statuses(engine, 2) == [(Status.USED, "")] * 4
+
+
+def test_a_run_goes_on_without_the_dead() -> None:
+    result, recorder = run(clients.Die, 3, 2, client_kwargs={"mode": "sigkill", "round": 2})
+    assert [recorder.statuses(n) for n in (1, 2, 3)] == [
+        [Status.USED] * 3,
+        [Status.USED, Status.FAILED, Status.USED],
+        [Status.USED] * 3,
+    ]
+    np.testing.assert_allclose(result.parameters["w"], 3.0)
+
+
+def test_a_client_that_cannot_be_built_fails_each_site_by_name() -> None:
+    with pool(clients.Base, unknown=1) as engine:
+        assert all(s is Status.FAILED and "unexpected arguments: unknown" in reason for s, reason in statuses(engine, 1))
+
+
+def test_a_sleeping_site_is_late_and_its_stale_reply_is_not_used() -> None:
+    with pool(clients.Die, mode="sleep", round=1) as engine:
+        began = time.monotonic()
+        first = statuses(engine, 1, timeout=0.25)
+        assert time.monotonic() - began < 0.55
+        assert [status for status, _ in first] == [Status.USED, Status.LATE, Status.USED, Status.LATE]
+        assert "no reply within 0.25 s" in first[1][1]
+        deltas = [r.update.delta["w"].tolist() for r in engine.exchange(Task(FIT, 2, W), NAMES, 30.0) if r.update]
+        assert deltas == [[1.0, 1.0]] * 4
+
+
+def test_a_site_that_is_late_for_rounds_blocks_nobody_else() -> None:
+    many = {f"layer.{number}": np.zeros(3) for number in range(2000)}  # its layout alone would soon fill a pipe
+    began = time.monotonic()
+    with pool(clients.Die, mode="doze", round=1) as engine:
+        for number in (1, 2, 3):
+            replies = engine.exchange(Task(FIT, number, {**W, **many}), NAMES, 0.5)
+            assert [r.status for r in replies] == [Status.USED, Status.LATE] * 2
+    assert time.monotonic() - began < 10
+
+
+def test_an_exchange_that_is_abandoned_leaves_the_next_one_whole() -> None:
+    with pool(clients.Base) as engine:
+        for number in range(1, 4):
+            replies = engine.exchange(Task(FIT, number, {"w": np.full(2, 7.0)}), NAMES)
+            assert next(replies).status is Status.USED
+            replies.close()
+        assert statuses(engine, 4, timeout=60.0) == [(Status.USED, "")] * 4
+
+
+def test_a_local_exchange_that_is_abandoned_leaves_nothing_to_the_next() -> None:
+    engine = LocalEngine(SiteProgram(client=clients.Base), NAMES)
+    replies = engine.exchange(Task(FIT, 1, {"w": np.full(2, 7.0)}), NAMES)
+    next(replies)
+    replies.close()
+    assert [r.site for r in engine.exchange(Task(FIT, 2, W), ["site-4"])] == ["site-4"]
+
+
+def test_global_parameters_cannot_be_written_by_a_worker() -> None:
+    with pool(clients.Faulty, mode="write") as engine:
+        ends = statuses(engine, 1)
+        assert "read-only" in ends[1][1]
+        assert [status for status, _ in ends] == [Status.USED, Status.FAILED, Status.USED, Status.USED]
+
+
+# What cannot be handed over
+
+
+def test_a_client_that_cannot_be_pickled_is_a_clear_error() -> None:
+    class Local(clients.Base):
+        pass
+
+    with pytest.raises(ConfigError, match=r"fit to hand to a worker process.*workers=1"):
+        pool(Local)
+    with pytest.raises(ConfigError, match="fit to hand to a worker process"):
+        pool(clients.MyClient, lock=threading.Lock())
+    assert not workers_left()
+
+
+# Nothing is left
+
+
+def workers_left() -> list[Any]:
+    return [process for process in multiprocessing.active_children() if process.name == "sfl-worker"]
+
+
+def test_close_ends_every_process_and_may_be_called_twice() -> None:
+    engine = pool(clients.MyClient, 3)
+    pids = [process.pid for process in workers_left()]
+    assert len(pids) == 3
+    statuses(engine, 1)
+    engine.close()
+    engine.close()
+    assert not workers_left()
+    assert not any(is_running(pid) for pid in pids)
+
+
+def test_close_does_not_wait_for_a_site_at_work() -> None:
+    engine = pool(clients.Die, mode="sleep")
+    began = time.monotonic()
+    statuses(engine, 1, timeout=0.1)
+    engine.close()
+    assert time.monotonic() - began < 0.5
+    assert not workers_left()
+
+
+def test_an_interrupt_in_the_middle_leaves_no_process() -> None:
+    def interrupt(event: object) -> None:
+        if type(event).__name__ == "SiteFinished":
+            raise KeyboardInterrupt
+
+    recipe = FedAvgRecipe(
+        name="t", client=clients.Die, client_kwargs={"mode": "sleep"}, initial_parameters=W, evaluate_every=0
+    )
+    with pytest.raises(KeyboardInterrupt):
+        recipe.execute(SimEnv(num_threads=2, device="cpu"), observers=(interrupt,))
+    assert not workers_left()
+
+
+def is_running(pid: int | None) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+PARENT = """
+import sys, time
+import numpy as np
+import clients
+from sfl.client.site import SiteProgram
+from sfl.core.task import FIT, Task
+from sfl.engine.pool import PoolEngine
+
+if __name__ == "__main__":
+    program = SiteProgram(client=clients.Die, kwargs={"mode": "sleep", "round": 2})
+    engine = PoolEngine(program, ["site-1", "site-2"], devices=["cpu", "cpu"])
+    task = Task(FIT, 1, {"w": np.zeros(1000)})
+    assert [r.status for r in engine.exchange(task, engine.clients())] == ["used", "used"]
+    engine.send(Task(FIT, 2, {"w": np.zeros(1000)}), engine.clients())
+    import multiprocessing
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_parent_killed_outright_leaves_no_worker_and_no_shared_file(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    shared = Path("/dev/shm")
+    before = set(shared.iterdir()) if shared.is_dir() else set()
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 5
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, pids))
+    assert (set(shared.iterdir()) if shared.is_dir() else set()) - before == set()
+
+
+def test_site_order_is_by_name_and_padded() -> None:
+    with PoolEngine(SiteProgram(client=clients.Base), site_names(12), devices=["cpu"]) as engine:
+        assert engine.clients() == list(site_names(12)) == sorted(site_names(12))
+        assert [r.site for r in engine.exchange(Task(FIT, 1, W), ["site-12", "site-02"])] == ["site-12", "site-02"]
+        assert engine.describe() == "in-process, 1 workers on cpu"
+
+
+def test_what_a_reply_lends_stays_until_the_next_is_drawn() -> None:
+    with pool(clients.MyClient) as engine:
+        seen: list[float] = []
+        for reply in engine.exchange(Task(FIT, 1, {"w": np.zeros(200_000)}), NAMES):
+            assert isinstance(reply, Reply)
+            time.sleep(0.05)
+            delta = reply.update.delta["w"] if reply.update else np.zeros(1)
+            assert not delta.flags.writeable
+            assert (delta == delta[0]).all()
+            seen.append(float(delta[0]))
+        np.testing.assert_allclose(seen, [0.1, 0.2, 0.3, 0.4])
