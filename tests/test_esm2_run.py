@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +167,28 @@ def test_site_files(tmp_path: Path) -> None:
     assert run(*TINY, *TWO, *flags) == 0
     names = [site["name"] for site in json.loads((tmp_path / "run" / "data.json").read_text())["sites"]]
     assert names == ["site-1 (a)", "site-2 (b)"]
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_and_resume_gives_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    """A real process with two workers, killed as soon as each of these files appears, and a little later."""
+    out = tmp_path / "run"
+    flags = [*TINY, *TWO, "--workers", "2", "--format", "simple", "--out", str(out)]
+    code = "import sys; from sfl.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "run", "esm2"]
+    moments = [("config.yaml", 0.0), ("checkpoints/round-000000.safetensors", 0.1), ("metrics.csv", 0.0)]
+    moments += [("checkpoints/round-000001.safetensors", 0.05), ("model/config.json", 0.0)]
+    for file, delay in moments:
+        begun = (out / "config.yaml").is_file()
+        process = subprocess.Popen([*command, *(["--resume", str(out)] if begun else flags)], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not (out / file).exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        assert (out / file).exists()
+    assert subprocess.run([*command, "--resume", str(out)], check=False, stdout=subprocess.DEVNULL).returncode == 0
+    for name in ("checkpoints/round-000002.safetensors", "model/model.safetensors"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert [entry["round"] for entry in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]

@@ -18,10 +18,14 @@ def is_offline() -> bool:
 
 def hub_refusal() -> str:
     """Why the hub cannot be reached; empty if it answers, or if a proxy stands between."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return ""  # whoever asked finds out what is missing, and names it
     if urllib.request.getproxies():
         return ""
-    endpoint = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    host, port = endpoint.hostname or "huggingface.co", endpoint.port or 443
+    endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
+    host, port = endpoint.hostname or "", endpoint.port or 443
     try:
         socket.create_connection((host, port), timeout=_PROBE_SECONDS).close()
     except OSError as error:
