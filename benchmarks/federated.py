@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import work
 
+import work
 from sfl.client.base import BaseFederatedClient
 from sfl.env import SimEnv
 from sfl.recipe import FedAvgRecipe

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import work
 from torch import nn
+
+import work
 
 Loop = Callable[[], dict[str, np.ndarray]]
 

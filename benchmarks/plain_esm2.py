@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import work
 from torch import nn
 from transformers import EsmForMaskedLM
 
+import work
 from sfl.core import rng
 from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.dataset import federate_proteins, load_proteins

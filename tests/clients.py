@@ -178,6 +178,16 @@ class Die(Faulty):
         return Base.compute_update(self, parameters, config)
 
 
+class SlowReader(Base):
+    """Reads its parameters late in round 1; says in the next what they were."""
+
+    def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
+        if config["round"] == 1:
+            time.sleep(0.6)
+            self.state["read"] = float(parameters["w"][0])
+        return super().compute_update(parameters, config)[0], 1, dict(self.state)
+
+
 class Meddler(Base):
     """Works in the mapping that it was handed, as many do."""
 

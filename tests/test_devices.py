@@ -65,7 +65,9 @@ def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     reason="needs a Linux machine without a GPU",
 )
 def test_a_machine_without_a_gpu_never_loads_torch() -> None:
-    code = "import sys; from sfl.train.devices import count_gpus; n = count_gpus(); sys.exit(n or 'torch' in sys.modules)"
+    code = (
+        "import sys; from sfl.train.devices import count_gpus; n = count_gpus(); sys.exit(n or 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""The ledger is on disk before anything leaves, cannot be edited unseen, and a mechanism's halves run where they should."""
+"""The ledger is on disk before anything leaves and cannot be edited unseen; the halves of a mechanism run in place."""
 
 import json
 from collections.abc import Callable, Sequence

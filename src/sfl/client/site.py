@@ -30,7 +30,8 @@ class SiteProgram:
         kwargs: Its own arguments.
         chain: The transforms that an update passes before it leaves.
         fixed_weight: The weight of every update; ``None`` weighs by the number of examples.
-        share_metrics: Whether the site's own figures may leave beside the update.
+        share_metrics: Whether the site's own figures may leave beside the update. Where they may not, sites are not
+            asked to evaluate either: the figures of an evaluation are no better protected.
     """
 
     client: Callable[..., BaseFederatedClient]
@@ -112,9 +113,8 @@ class Site:
                 f"{self.name}: compute_update must return (parameters, num_examples, metrics), "
                 f"got {type(returned).__name__}."
             )
-        parameters, count, metrics = cast("tuple[Parameters, object, object]", returned)
-        if isinstance(parameters, Mapping):  # arithmetic on an array of 0 dimensions gives a numpy scalar
-            parameters = {k: np.asarray(v) if isinstance(v, np.generic) else v for k, v in parameters.items()}
+        returned, count, metrics = cast("tuple[object, object, object]", returned)
+        parameters = _without_scalars(returned)
         check.check_structure(self.name, parameters, task.parameters)
         weight = self._weight(check.check_count(self.name, count))
         clean = check.check_metrics(self.name, metrics)
@@ -122,9 +122,10 @@ class Site:
         del parameters, returned
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused right after
             delta = _delta(self.name, updated, task.parameters, in_place=client.lends_arrays)
-        generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
         update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
-        update, self._chain_state = self._program.chain.apply(update, self._chain_state, generator)
+        if self._program.chain.transforms:
+            generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
+            update, self._chain_state = self._program.chain.apply(update, self._chain_state, generator)
         self._remember(client, task.round)
         return update
 
@@ -152,6 +153,13 @@ class Site:
 
 def _config(task: Task) -> Config:
     return {**task.config, "round": task.round}
+
+
+def _without_scalars(returned: object) -> Parameters:
+    """What a client returned, with numpy's scalars as the arrays of 0 dimensions that they came from."""
+    if not isinstance(returned, Mapping):
+        return cast("Parameters", returned)  # refused by the check that follows
+    return {name: np.asarray(value) if isinstance(value, np.generic) else value for name, value in returned.items()}
 
 
 def _holds_something(state: StateTree) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -91,18 +91,17 @@ def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
 
 
 def _accumulate(total: Parameters, update: Update, weight: float) -> None:
+    first = {name: value for name, value in update.delta.items() if name not in total}
+    total |= arrays.empty({name: (value.shape, _sum_dtype(value)) for name, value in first.items()})
     for name, value in update.delta.items():
-        if name in total:
-            arrays.add_scaled(total[name], value, weight)
+        if name in first:
+            np.multiply(value, weight, out=total[name], dtype=total[name].dtype)
         else:
-            total[name] = _first(value, weight)
+            arrays.add_scaled(total[name], value, weight)
 
 
-def _first(value: Array, weight: float) -> Array:
-    dtype = value.dtype if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else np.dtype(np.float64)
-    first = np.empty(value.shape, dtype=dtype)  # C order and an array even at 0 dimensions: it is added to in place
-    np.multiply(value, weight, out=first, dtype=dtype)
-    return first
+def _sum_dtype(value: Array) -> np.dtype[Any]:
+    return value.dtype if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else np.dtype(np.float64)
 
 
 def _some(total: Parameters, weight: float) -> Parameters:

@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from sfl.types import Array, Parameters
 
 BLOCK = 1 << 16  # elements; a float32 block and its partner fit a 1-MB second-level cache
+_ALIGN = 64  # bytes: a cache line
+
+
+def empty(specs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> Parameters:
+    """Uninitialised arrays of these shapes and dtypes, one after the other in one piece of memory.
+
+    A large piece is backed by huge pages and given back as a whole: page by page, the kernel takes four times as long
+    to provide a model's memory as it takes to fill it.
+    """
+    starts = [0]
+    for shape, dtype in specs.values():
+        starts.append(-(-(starts[-1] + math.prod(shape) * dtype.itemsize) // _ALIGN) * _ALIGN)
+    memory = np.empty(starts[-1], dtype=np.uint8)
+    return {
+        name: np.ndarray(shape, dtype, buffer=memory, offset=start)
+        for (name, (shape, dtype)), start in zip(specs.items(), starts, strict=False)
+    }
 
 
 def zeros_like(parameters: Mapping[str, Array]) -> Parameters:
@@ -75,7 +93,11 @@ def blocks(value: Array) -> Iterator[Array]:
 
 def is_finite(value: Array) -> bool:
     """Whether no element of a real array is NaN or inf, in one pass and without a temporary of the array's size."""
-    return value.dtype.kind != "f" or all(bool(np.isfinite(block).all()) for block in blocks(value))
+    if value.dtype.kind != "f":
+        return True
+    if value.size <= BLOCK:
+        return np.count_nonzero(np.isfinite(value)) == value.size
+    return all(np.count_nonzero(np.isfinite(block)) == block.size for block in blocks(value))
 
 
 def subtract_into(updated: Array, base: Array, out: Array) -> bool:

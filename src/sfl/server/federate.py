@@ -22,10 +22,10 @@ from sfl.core.events import (
 )
 from sfl.core.task import EVALUATE, Reply, Status, Task, Update
 from sfl.engine.base import Engine
-from sfl.errors import BudgetExhausted, RoundError, UpdateError
+from sfl.errors import BudgetExhausted, CompositionError, RoundError, UpdateError
 from sfl.privacy.ledger import Ledger
 from sfl.server.job import Job
-from sfl.types import Metrics, Parameters
+from sfl.types import Metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hook
         The last state. It has fewer rounds than planned only if the privacy budget ended the run.
 
     Raises:
+        CompositionError: If a private job meets more sites than it was planned for.
         RoundError: If a round ends with fewer usable replies than ``min_available_clients``.
     """
     return _Run(job, engine, hooks or Hooks()).to_the_end(state)
@@ -65,6 +66,12 @@ class _Run:
     def __init__(self, job: Job, engine: Engine, hooks: Hooks) -> None:
         self.job, self.engine, self.hooks = job, engine, hooks
         self.clients = engine.clients()
+        planned = job.federation.num_clients
+        if job.mechanisms and len(self.clients) > planned:
+            raise CompositionError(
+                f"num_clients of the federation must count every site under a mechanism, got {planned} "
+                f"and an engine with {len(self.clients)}. Set num_clients of the federation."
+            )
         self.sites: list[SiteFinished] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.sent = self.received = 0
@@ -199,8 +206,9 @@ class _Run:
         task = Task(EVALUATE, state.round, parameters, {"seed": self.job.federation.seed})
         mean = _MetricsMean()
         sent = self.sent
-        for _ in mean.watch(self._usable(task, self.clients)):
-            pass
+        if self.job.program.share_metrics:
+            for _ in mean.watch(self._usable(task, self.clients)):
+                pass
         self.sent = sent  # the figure of a round is its training exchange
         central: Metrics = {}
         if self.job.central is not None:
@@ -274,8 +282,3 @@ class _MetricsMean:
 
     def result(self) -> Metrics:
         return {name: total / self._weights[name] for name, total in self._sums.items()}
-
-
-def final_parameters(state: ServerState) -> Parameters:
-    """The global parameters as a caller may keep and change them."""
-    return arrays.copy(state.parameters)
