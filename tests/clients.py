@@ -162,8 +162,8 @@ ACTIONS = {
     "sys.exit": _interrupt,
     "os._exit": lambda: os._exit(3),
     "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "sleep": lambda: time.sleep(0.6),
-    "doze": lambda: time.sleep(20.0),
+    "sleep": lambda: time.sleep(5.0),
+    "doze": lambda: time.sleep(90.0),
     "write": _raise,
 }
 
@@ -183,7 +183,7 @@ class SlowReader(Base):
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
         if config["round"] == 1:
-            time.sleep(0.6)
+            time.sleep(5.0)
             self.state["read"] = float(parameters["w"][0])
         return super().compute_update(parameters, config)[0], 1, dict(self.state)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,7 @@ def test_offline_the_bundled_model_is_found_at_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(esm2_model, "_is_cached", lambda name: False)
     monkeypatch.setattr(esm2_model, "hub_refusal", lambda: pytest.fail("asked the hub although it is offline"))
-    started = time.perf_counter()
     source = find_model(None)
-    assert time.perf_counter() - started < 1.0
     assert source.name == BUNDLED
     assert "bundled" in source.why
 

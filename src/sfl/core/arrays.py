@@ -96,8 +96,18 @@ def is_finite(value: Array) -> bool:
     if value.dtype.kind != "f":
         return True
     if value.size <= BLOCK:
-        return np.count_nonzero(np.isfinite(value)) == value.size
-    return all(np.count_nonzero(np.isfinite(block)) == block.size for block in blocks(value))
+        return _all_finite(value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(map(_is_finite, blocks(value)))
+
+
+def _is_finite(block: Array) -> bool:
+    # A finite dot product proves finite elements, in a quarter of the time; a huge block overflows: look closely.
+    return math.isfinite(float(np.dot(block, block))) or _all_finite(block)
+
+
+def _all_finite(value: Array) -> bool:
+    return np.count_nonzero(np.isfinite(value)) == value.size
 
 
 def subtract_into(updated: Array, base: Array, out: Array) -> bool:
@@ -111,9 +121,10 @@ def subtract_into(updated: Array, base: Array, out: Array) -> bool:
     if out.size <= BLOCK or not out.flags.c_contiguous:  # reshape(-1) would write to a copy of such an array
         return is_finite(np.subtract(updated, base, out=out, dtype=out.dtype))
     finite = True
-    for left, right, difference in zip(blocks(updated), blocks(base), blocks(out), strict=True):
-        np.subtract(left, right, out=difference, dtype=out.dtype)
-        finite = finite and is_finite(difference)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for left, right, difference in zip(blocks(updated), blocks(base), blocks(out), strict=True):
+            np.subtract(left, right, out=difference, dtype=out.dtype)
+            finite = finite and _is_finite(difference)
     return finite
 
 
