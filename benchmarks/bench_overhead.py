@@ -207,9 +207,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.repeats)
         for number in map(int, arguments.cases.split(",")):
-            rows += CASES[number](bench)
+            measured = list(CASES[number](bench))
+            write(measured, arguments.repeats)
+            rows += measured
     print("\n".join(table([asdict(row) for row in rows])))
-    write(rows, arguments.repeats)
     return int(any(row.verdict == "NO" for row in rows))
 
 

@@ -77,7 +77,8 @@ class Site:
             reason = f"{self.name}: {type(error).__name__}: {error}"
             seconds = time.perf_counter() - started
             return Reply(self.name, Status.FAILED, reason=reason, seconds=seconds, details=traceback.format_exc())
-        return Reply(self.name, Status.USED, update, seconds=time.perf_counter() - started)
+        unchanged = not self._program.chain.transforms  # a transform may make what the check has not seen
+        return Reply(self.name, Status.USED, update, seconds=time.perf_counter() - started, known_finite=unchanged)
 
     def _dispatch(self, task: Task) -> Update:
         client = self._ready(task)

@@ -73,7 +73,7 @@ class SiteFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundFinished:
-    """A round is over and checkpointed. Round 0 holds only the evaluations before the first.
+    """A round is over; its checkpoint is written next. Round 0 holds only the evaluations before the first.
 
     Attributes:
         round: The round.
@@ -81,7 +81,7 @@ class RoundFinished:
         evaluation: Weighted mean over the sites of the new global model on each site's held-out data.
         central: The new global model on the global held-out data (empty if the job has none).
         sites: One entry for every planned site and stage, none left out.
-        seconds: Where the time went: fit, aggregate, evaluate, central, checkpoint.
+        seconds: Where the time went: fit, aggregate, evaluate, central, and checkpoint (of the state before).
         bytes_down: Bytes of parameters to the cohort.
         bytes_up: Bytes of deltas from it.
     """

@@ -71,6 +71,8 @@ class Reply:
         reason: Why it was not used, for people.
         seconds: Time the site spent on the task.
         details: A traceback, where there is one.
+        known_finite: Whether the engine itself ran the check for NaN and inf on these very arrays, in a process of
+            its own, so that the server need not read them once more. Never taken from a wire.
     """
 
     site: str
@@ -79,6 +81,7 @@ class Reply:
     reason: str = ""
     seconds: float = 0.0
     details: str = ""
+    known_finite: bool = False
 
     @property
     def nbytes(self) -> int:

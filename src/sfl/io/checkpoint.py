@@ -57,7 +57,7 @@ class Checkpoints:
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return _state(load_tree(path))
+                return _state(path, load_tree(path))
             except CheckpointError as error:
                 warn(f"{error} Using the checkpoint before it.")
         if paths:
@@ -65,7 +65,9 @@ class Checkpoints:
         return None
 
 
-def _state(tree: dict[str, object]) -> ServerState:
+def _state(path: Path, tree: object) -> ServerState:
+    if not isinstance(tree, dict) or tree.keys() != {"round", "parameters", "algorithm", "mechanisms"}:
+        raise CheckpointError(f"{path} must hold a server state, got another tree.")
     return ServerState(
         round=tree["round"],  # pyright: ignore[reportArgumentType]
         parameters=tree["parameters"],  # pyright: ignore[reportArgumentType]

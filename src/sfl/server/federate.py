@@ -246,7 +246,7 @@ def _screened(reply: Reply, task: Task) -> Reply:
     try:
         if update is None or update.site != reply.site:
             raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
-        check.check_update(update, task.parameters)
+        check.check_update(update, task.parameters, known_finite=reply.known_finite)
         check.check_metrics(update.site, update.metrics)
     except UpdateError as error:
         return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds)
