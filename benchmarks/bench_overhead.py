@@ -38,6 +38,7 @@ class Row:
     ratio: float
     unit: str = "s"
     target: float | None = None
+    runs: int = 0
 
     @property
     def verdict(self) -> str:
@@ -165,12 +166,12 @@ def machine() -> dict[str, str]:
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown, which reads well on a screen too."""
-    lines = ["| case | what | plain | sfl | ratio | target | ok |", "|---|---|---|---|---|---|---|"]
+    lines = ["| case | what | plain | sfl | ratio | target | ok | runs |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         line = Row(**row)
         target = "" if line.target is None else f"≤ {line.target:g}"
         numbers = f"{line.plain:.3f} {line.unit} | {line.sfl:.3f} {line.unit} | {line.ratio:.2f}"
-        lines.append(f"| {line.case} | {line.what} | {numbers} | {target} | {line.verdict} |")
+        lines.append(f"| {line.case} | {line.what} | {numbers} | {target} | {line.verdict} | {line.runs} |")
     return lines
 
 
@@ -179,10 +180,10 @@ def write(rows: list[Row], repeats: int) -> None:
     path = RESULTS / "overhead.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     measured = {row.case for row in rows}
-    merged = [row for row in kept if row["case"] not in measured] + [asdict(row) for row in rows]
+    merged = [row for row in kept if row["case"] not in measured] + [asdict(row) | {"runs": repeats} for row in rows]
     merged.sort(key=lambda row: row["case"])
     day = datetime.now(UTC).date().isoformat()
-    about = machine() | {"date": day, "repeats": str(repeats)}
+    about = machine() | {"date": day}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "rows": merged}, indent=2, ensure_ascii=False) + "\n")
     words = ", ".join(f"{name} {value}" for name, value in about.items())
@@ -208,9 +209,9 @@ def main() -> int:
         bench = Bench(Path(folder), arguments.repeats)
         for number in map(int, arguments.cases.split(",")):
             measured = list(CASES[number](bench))
-            write(measured, arguments.repeats)
+            write(measured, max(arguments.repeats, STARTUP_RUNS if number == 5 else 1))
             rows += measured
-    print("\n".join(table([asdict(row) for row in rows])))
+    print("\n".join(table([asdict(row) | {"runs": arguments.repeats} for row in rows])))
     return int(any(row.verdict == "NO" for row in rows))
 
 

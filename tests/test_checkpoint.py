@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from sfl.core.algorithm import ServerState
 from sfl.errors import CheckpointError
 from sfl.io.checkpoint import Checkpoints
-from sfl.io.tree import load_tree, save_tree
+from sfl.io.tree import load_tree, save_tree, write_text
 
 DTYPES = st.sampled_from(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", ">f4", ">i2"])
 ARRAYS = DTYPES.flatmap(lambda d: hnp.arrays(np.dtype(d), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)))
@@ -201,6 +201,20 @@ def test_a_crash_before_the_rename_leaves_the_old_one(
     found = two_rounds.load_latest(pytest.fail)
     assert found is not None
     assert found.round == 2
+
+
+def test_a_text_that_the_disk_refuses_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.yaml"
+    write_text(path, "old")
+
+    def full(self: Path, text: str, **_: Any) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"config\.yaml must be writable, got: No space left on device\. Free"):
+        write_text(path, "new")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("config.yaml", "old")]
 
 
 def test_only_the_newest_are_kept_where_asked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,6 +198,34 @@ def test_the_application_decides_its_code(app: Application) -> None:
     assert main(["run", "esm2"]) == 1
 
 
+def test_what_the_system_refuses_is_one_line(app: Application, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "esm2", "--resume", "x" * 300]) == 1
+    assert capsys.readouterr().err.startswith("error: [Errno")
+    app.outcome = OSError(28, "No space left on device")
+    assert main(["run", "esm2", "-v"]) == 1
+    streams = capsys.readouterr()
+    assert "Traceback" in streams.err
+    assert streams.err.endswith("error: [Errno 28] No space left on device\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    script = "import sys\nfrom sfl.cli import entry\nsys.stdin.read()\nentry()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "config", "show"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
 def test_a_bug_is_not_hidden(app: Application) -> None:
     app.outcome = ZeroDivisionError("bug")
     with pytest.raises(ZeroDivisionError):
@@ -207,6 +236,9 @@ def test_ctrl_c_says_how_to_go_on(app: Application, tmp_path: Path, capsys: pyte
     app.outcome = KeyboardInterrupt("runs/esm2-1")
     assert main(["run", "esm2"]) == 130
     assert capsys.readouterr().err == "\ninterrupted; go on with: sfl run esm2 --resume runs/esm2-1\n"
+    app.outcome = KeyboardInterrupt("my runs/1")
+    assert main(["run", "esm2"]) == 130
+    assert capsys.readouterr().err.endswith("--resume 'my runs/1'\n")
     app.outcome = KeyboardInterrupt()
     run_folder(tmp_path / "mine")
     for flags in (["--out", "mine"], ["--resume", "mine"]):

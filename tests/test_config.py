@@ -211,6 +211,9 @@ BAD_YAML = {
     "a value out of range": ("federation:\n  num_rounds: 0\n", r"at least 1, got 0\. \(num_rounds: .*:2\)"),
     "not a number": ("federation: {fraction_fit: .nan}\n", r"fraction_fit must be in \(0, 1\], got nan"),
     "an application's range": ("client: {max_length: 7}\n", r"max_length must be between 8 and 1022 .*got 7.*:1"),
+    "brackets without end": ("client: " + "[" * 3000, "must be valid YAML, got maximum recursion"),
+    "more threads than any machine": ("federation: {threads: 1000000}\n", "threads must be between 1 and 1024"),
+    "a timeout past the clock": ("federation: {round_timeout: .inf}\n", "round_timeout must be 0 .* got inf"),
     "a negative count": ("client: {eval_proteins: -1}\n", "eval_proteins must be 0"),
 }
 

@@ -27,6 +27,7 @@ from sfl.esm2.dataset import (
 )
 from sfl.esm2.fasta import parse_header
 from sfl.esm2.proteins import RawProtein, clean
+from sfl.esm2.sources import absolute, resolve
 
 FASTA = """>P1|A_ECOLI Alpha protein OS=Escherichia coli
 MKTAYI
@@ -430,3 +431,29 @@ def test_a_field_without_values_is_refused() -> None:
     blank = [dataclasses.replace(r, organism="", genus="", label="") for r in proteins(20)]
     with pytest.raises(DataError, match="'organism' must have a value in some record, got none in 20"):
         federate_proteins(blank, partition="key:organism", num_clients=2, seed=0)
+
+
+def test_paths_are_made_absolute_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.fasta", "b.fasta", "a,b.fasta"):
+        (tmp_path / name).write_text(FASTA)
+    assert absolute("a.fasta, b.fasta,") == f"{tmp_path}/a.fasta,{tmp_path}/b.fasta"
+    assert absolute("a,b.fasta") == f"{tmp_path}/a,b.fasta"
+    assert absolute("t.csv:seq,hf:NAME") == f"{tmp_path}/t.csv:seq,hf:NAME"
+    assert absolute("  ") == ""
+    for data in ("a.fasta, b.fasta,", "a,b.fasta", " a.fasta "):
+        assert [s.path for s in resolve(absolute(data))] == [s.path and tmp_path / s.path for s in resolve(data)]
+    with pytest.raises(DataError, match="must name a file between its commas"):
+        absolute(" , ")
+
+
+@pytest.mark.parametrize("letter", ["ß", "\ufb01", "\u0131", "\uff2d"])
+def test_what_upper_case_would_turn_into_residues_is_no_residue(letter: str) -> None:
+    records, report = clean([RawProtein("P1", f"MKTA{letter}M"), RawProtein("P2", "mktam")], source="s")
+    assert [record.sequence for record in records] == ["MKTAM"]
+    assert report.invalid == 1
+
+
+def test_a_billion_sites_are_refused_at_once() -> None:
+    with pytest.raises(DataError, match="at least 2000000001 records, got 40"):
+        federate_proteins(proteins(40), partition="iid", num_clients=10**9, seed=0)

@@ -120,3 +120,14 @@ def test_the_loss_is_that_of_transformers() -> None:
         ours = mlm_loss(model, batch)
         theirs = model(input_ids=ids, attention_mask=(ids != 1).long(), labels=torch.from_numpy(labels)).loss
     assert float(ours.total) / ours.count == pytest.approx(float(theirs), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"hidden_size": "x"}, {"hidden_size": None}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}]
+)
+def test_an_odd_configuration_is_a_clear_error(tmp_path: Path, odd: dict[str, object]) -> None:
+    config = json.loads((bundled_folder() / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | odd))
+    (tmp_path / "model.safetensors").symlink_to(bundled_folder() / "model.safetensors")
+    with pytest.raises(ModelError, match=r"^model "):
+        load_model(find_model(str(tmp_path)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from sfl.io.checkpoint import Checkpoints
 from sfl.io.metrics import read_metrics
 from sfl.io.tree import load_tree
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
 TINY = ["--local-steps", "2", "--batch-size", "2", "--max-length", "16", "--eval-proteins", "4"]
 TWO = ["--num-rounds", "2"]
@@ -96,8 +98,6 @@ def test_resume_goes_on_to_the_same_bits(finished: Path, tmp_path: Path, capsys:
 def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     last = out / "checkpoints" / "round-000002.safetensors"
@@ -109,8 +109,6 @@ def test_a_torn_checkpoint_is_said_and_the_one_before_is_used(
 
 
 def test_resume_refuses_other_data(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     described = json.loads((out / "data.json").read_text())
@@ -129,6 +127,7 @@ def test_resume_refuses_other_data(finished: Path, tmp_path: Path, capsys: pytes
         (["--learning-rate", "nan"], "learning_rate must be"),
         (["--max-length", "4"], "max_length must be"),
         (["--device", "cuda:7"], "device must be"),
+        (["--model", "x" * 300], "too long"),
         (["--resume", "nowhere"], "--resume must name"),
     ],
 )
@@ -145,6 +144,52 @@ def test_bad_input_is_one_clear_line(
 def test_an_occupied_folder_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*TINY, "--out", str(finished)) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("data.json", '{"sites', "data.json must be whole JSON"),
+        ("data.json", "[1]", "data.json must hold a JSON object"),
+        ("data.json", "{}", "data must be what the run began with"),
+        ("config_sources.json", '{"options', "config_sources.json must be whole JSON"),
+        ("config.yaml", "client: {learning_rate: 0.01", "got client.learning_rate 0.01 instead of 0.0005"),
+        ("config.yaml", "federation: {seed: 3", "got federation.seed 3 instead of 0"),
+    ],
+)
+def test_a_resume_of_an_edited_folder_is_one_clear_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, said: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    if name == "config.yaml":
+        option, value = text.rpartition("{")[2].split(": ")
+        text = re.sub(rf"{option}: \S+", f"{option}: {value}", (out / name).read_text())
+    (out / name).write_text(text)
+    assert run("--resume", str(out), "--num-rounds", "3") in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_flags_that_a_resume_refuses_are_not_written_down(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = (out / "config.yaml").read_bytes()
+    assert run("--resume", str(out), "--num-rounds", "1") == 2
+    assert "num_rounds must be at least the 2 rounds" in capsys.readouterr().err
+    assert run("--resume", str(out), "--device", "cuda:77") == 2
+    assert (out / "config.yaml").read_bytes() == before
+    assert run("--resume", str(out), "--format", "simple") == 0
+
+
+def test_a_device_that_torch_cannot_use_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    assert run(*TINY, "--device", "mps", "--workers", "1", "--out", str(tmp_path / "run")) == 2
+    assert "device must be able to hold the model, got 'mps'" in capsys.readouterr().err
 
 
 def test_natural_keys_and_labels_partition_the_sample(tmp_path: Path) -> None:

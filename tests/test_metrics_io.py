@@ -14,7 +14,7 @@ import pytest
 
 from sfl.core.events import Notice, RoundFinished, SiteFinished
 from sfl.core.task import Status
-from sfl.errors import DataError
+from sfl.errors import CheckpointError, DataError
 from sfl.io.jsonable import to_float, to_jsonable
 from sfl.io.metrics import CSV_HEADER, MetricsWriter, read_metrics, read_rounds
 
@@ -191,3 +191,23 @@ def test_jsonable_takes_numpy_and_odd_values() -> None:
     assert to_jsonable({"a": np.float32(0.5), 1: (None, True, Path("x"))}) == {"a": 0.5, "1": [None, True, "x"]}
     assert math.isnan(to_float(None))
     assert math.isnan(to_float("word"))
+
+
+@pytest.mark.parametrize("field", ["bytes_down", "fit", "sites"])
+def test_a_line_that_lacks_a_field_is_broken(tmp_path: Path, field: str) -> None:
+    write(tmp_path, [finished(0), finished(1), finished(2)])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    entry = json.loads(lines[1])
+    del entry[field]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], json.dumps(entry), lines[2]]) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl line 2 must be a finished round"):
+        MetricsWriter(tmp_path, resume_after=2)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv"])
+def test_figures_that_cannot_be_written_are_a_clear_error(tmp_path: Path, name: str) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        with pytest.raises(CheckpointError, match=rf"{name} must be writable, got: Is a directory"):
+            writer(finished(1))

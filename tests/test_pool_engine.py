@@ -213,6 +213,28 @@ def test_a_client_that_cannot_be_pickled_is_a_clear_error() -> None:
     assert not workers_left()
 
 
+@pytest.mark.parametrize(
+    ("argv", "works"),
+    [(["-"], False), (["-c", "SCRIPT"], False), (["package"], False), (["script.py"], True), (["-m", "script"], True)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_client_of_an_interactive_session_is_a_clear_error(argv: list[str], works: bool, tmp_path: Path) -> None:
+    text = (
+        "import sys\nimport sfl.engine.pool as pool\nfrom sfl.client.site import SiteProgram\n"
+        "class Mine: ...\n"
+        "if __name__ == '__main__':\n    print(pool._context(SiteProgram(client=Mine)).get_start_method())\n"
+    )
+    (tmp_path / "package").mkdir()
+    for name in ("script.py", "package/__main__.py"):
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, *(text if word == "SCRIPT" else word for word in argv)]
+    done = subprocess.run(command, input=text, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if works:
+        assert done.stdout == "forkserver\n", done.stderr
+    else:
+        assert "got one that is defined in an interactive session" in done.stderr
+
+
 # Nothing is left
 
 

@@ -88,3 +88,58 @@ def test_the_smallest_example() -> None:
     assert isinstance(job.algorithm, SumFedAvg)
     assert isinstance(job.aggregator, Sum)
     assert isinstance(sum_recipe(), SumRecipe)
+
+
+@pytest.mark.parametrize(
+    "initial",
+    [
+        None,
+        [np.zeros(2)],
+        {"w": "text"},
+        {"w": None},
+        {"w": np.zeros(2, complex)},
+        {"w": np.array([0.0, np.nan])},
+        {"w": np.zeros(2, np.longdouble)},
+        {1: np.zeros(2)},
+        lambda: None,
+        lambda: {"w": np.array([np.inf])},
+    ],
+    ids=str,
+)
+def test_initial_parameters_that_cannot_be_averaged_are_refused(initial: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^initial_parameters must be "):
+        recipe(initial_parameters=initial).execute(SimEnv(device="cpu"))
+
+
+def test_initial_parameters_become_arrays_of_this_machine() -> None:
+    other = np.dtype(np.float32).newbyteorder("S")
+    given = {"list": [1.0, 2.0], "number": 1.5, "swapped": np.ones(2, other)}
+    for initial in (given, lambda: dict(given)):
+        made = recipe(initial_parameters=initial).build().initial()
+        assert {name: value.dtype.isnative for name, value in made.items()} == dict.fromkeys(given, True)
+        assert {name: value.tolist() for name, value in made.items()} == {
+            "list": [1.0, 2.0],
+            "number": 1.5,
+            "swapped": [1.0, 1.0],
+        }
+
+
+@pytest.mark.parametrize(
+    "options", [{"evaluate_every": -1}, {"server_learning_rate": float("nan")}, {"server_learning_rate": float("inf")}]
+)
+def test_figures_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(CompositionError, match=f"^{next(iter(options))} must be"):
+        recipe(**options).build()
+
+
+def test_an_environment_with_too_few_sites_is_refused_before_anything_runs() -> None:
+    subject = recipe(federation=FederationConfig(num_clients=2, min_available_clients=2, num_rounds=1))
+    with pytest.raises(CompositionError, match=r"at least min_available_clients=2 sites, got 1"):
+        subject.execute(SimEnv(num_clients=1, device="cpu"))
+
+
+@pytest.mark.parametrize(("option", "least"), [("num_clients", 1), ("num_threads", 0)])
+def test_an_environment_says_what_its_numbers_must_be(option: str, least: int) -> None:
+    SimEnv(**{option: least})
+    with pytest.raises(ConfigError, match=f"{option} must be at least {least}, got {least - 1}"):
+        SimEnv(**{option: least - 1})

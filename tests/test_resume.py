@@ -235,3 +235,45 @@ def test_a_state_of_numpy_scalars_says_what_to_do(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match="got float32"):
         recipe(1, Scalars).execute(SimEnv(device="cpu"), out=tmp_path / "run")
+
+
+def test_checkpoints_that_were_taken_away_are_not_a_new_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, rounds=2)
+    before = left(out)
+    for path in (out / "checkpoints").iterdir():
+        path.rename(out / path.name)
+    with pytest.raises(CheckpointError, match=r"must hold the checkpoints of the rounds in metrics\.jsonl, got none"):
+        run(out, resume=True)
+    assert left(out)["jsonl"] == before["jsonl"]
+
+
+def test_what_sites_remember_and_was_taken_away_is_missed(whole: tuple[Path, int], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, rounds=2)
+    site = next(path for path in sorted((out / "sites").iterdir()))
+    site.rename(tmp_path / "aside")
+    with pytest.raises(CheckpointError, match=rf"must hold what its sites remember, got nothing of {site.name}\. Put"):
+        run(out, resume=True)
+    (tmp_path / "aside").rename(site)
+    run(out, resume=True)
+    assert left(out) == left(whole[0])
+
+
+def test_fewer_rounds_than_are_done_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out)
+    with pytest.raises(ConfigError, match=r"num_rounds must be at least the 3 rounds .* got 2"):
+        run(out, resume=True, rounds=2)
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_why_the_run_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise CheckpointError("no room for the report")
+
+    monkeypatch.setattr("sfl.server.session.write_report", full)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "run", stop_at=12)
+    assert any(isinstance(e, Notice) and "no room" in e.text for e in run(tmp_path / "run", resume=True).events)

@@ -34,8 +34,9 @@ class SimEnv:
     def __post_init__(self) -> None:
         for name in ("num_clients", "num_threads"):
             value = getattr(self, name)
-            if value is not None and value < (name == "num_clients"):
-                raise ConfigError(f"{name} must be positive, got {value}.")
+            least = 1 if name == "num_clients" else 0
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}.")
 
     def engine(self, job: Job, sites_folder: Path | None) -> Engine:
         """One process for one worker, a pool of processes for more.

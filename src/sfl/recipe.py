@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.client.site import SiteProgram
@@ -21,7 +24,7 @@ from sfl.errors import CompositionError, ConfigError
 from sfl.server.job import Job
 from sfl.server.session import RunResult, run_job
 from sfl.server.strategy import FedAvg, SumFedAvg
-from sfl.types import FederationConfig, Metrics, Parameters
+from sfl.types import Array, FederationConfig, Metrics, Parameters
 
 __all__ = ["Environment", "FedAvgRecipe", "Recipe", "RunResult", "SumRecipe"]
 
@@ -75,6 +78,8 @@ class Recipe(ABC):
         Raises:
             CompositionError: Naming the parts that do not fit, and what to change.
         """
+        if self.evaluate_every < 0:
+            raise CompositionError(f"evaluate_every must be 0 (never) or more, got {self.evaluate_every}.")
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
@@ -134,9 +139,11 @@ class Recipe(ABC):
         return run_job(job, env.engine, out=Path(out) if out is not None else None, resume=resume, observers=observers)
 
     def _initial(self) -> Parameters:
-        if callable(self.initial_parameters):
-            return self.initial_parameters()
-        return arrays.copy(self.initial_parameters)
+        given: Any = self.initial_parameters
+        made: Any = given() if callable(given) else given  # what a function made is the run's already
+        if not isinstance(made, Mapping):
+            raise ConfigError(f"initial_parameters must be a dict of named arrays, got {type(made).__name__}.")
+        return {str(name): _initial_array(name, value, copied=made is given) for name, value in made.items()}
 
     def _server_side(self) -> tuple[Aggregator, Chain]:
         """Central mechanisms noise the *sum*, which is then divided by the planned cohort, whoever answered."""
@@ -157,6 +164,20 @@ class Recipe(ABC):
         return Sum(), Chain([*reversed(central), Divide(planned)])
 
 
+def _initial_array(name: object, value: Any, *, copied: bool) -> Array:
+    """One initial array in this machine's byte order, after checking that it can be averaged."""
+    array = np.array(value) if copied else np.asarray(value)
+    if not (isinstance(name, str) and _is_real(array) and arrays.is_finite(array)):
+        raise ConfigError(
+            f"initial_parameters must be finite arrays of real numbers under names, got {name!r}: {value!r:.60}."
+        )
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _is_real(array: Array) -> bool:
+    return array.dtype.kind in "fiub" and array.dtype.itemsize <= 8  # what a checkpoint holds
+
+
 @dataclass(frozen=True, kw_only=True)
 class FedAvgRecipe(Recipe):
     """Federated averaging (McMahan et al. 2017).
@@ -169,6 +190,8 @@ class FedAvgRecipe(Recipe):
 
     def algorithm(self) -> Algorithm:
         """FedAvg over the federation's sampling."""
+        if not math.isfinite(self.server_learning_rate):
+            raise CompositionError(f"server_learning_rate must be finite, got {self.server_learning_rate}.")
         return FedAvg(
             fraction_fit=self.federation.fraction_fit,
             min_clients=self.federation.min_available_clients,

@@ -82,8 +82,8 @@ class FederationConfig:
         )
         _require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
         _require(self.workers >= 0, "workers", "0 (one per core) or more", self.workers)
-        _require(self.threads >= 1, "threads", "at least 1", self.threads)
-        _require(self.round_timeout >= 0.0, "round_timeout", "0 (no limit) or seconds", self.round_timeout)
+        _require(1 <= self.threads <= 1024, "threads", "between 1 and 1024", self.threads)
+        _require(0.0 <= self.round_timeout <= 1e6, "round_timeout", "0 (no limit) or up to 1e6 s", self.round_timeout)
 
 
 @dataclass(frozen=True, kw_only=True)

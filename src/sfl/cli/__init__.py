@@ -5,6 +5,8 @@ Exit codes: 0 the run ended well, 1 it failed, 2 an option, a config or the comm
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -44,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say_error(str(error), USAGE)
     except SflError as error:
         return _say_error(str(error), FAILED)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _say_error(str(error), FAILED)
     except KeyboardInterrupt as interrupt:
-        go_on = f"; go on with: sfl run esm2 --resume {interrupt.args[0]}" if interrupt.args else ""
+        go_on = f"; go on with: sfl run esm2 --resume {shlex.quote(str(interrupt.args[0]))}" if interrupt.args else ""
         sys.stderr.write(f"\ninterrupted{go_on}\n")
         return INTERRUPTED
     return code if isinstance(code, int) else OK

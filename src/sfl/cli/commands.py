@@ -7,17 +7,14 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from sfl.cli.options import with_options
 from sfl.errors import ConfigError, SflError
-from sfl.esm2.config import ESM2RunConfig
+from sfl.esm2.config import RESUMABLE, ESM2RunConfig
 from sfl.utils.config import Resolved, resolve
-
-RESUMABLE: Final = ("num_rounds", "workers", "device", "verbose", "format")
-"""Options that may change when a run goes on; any other would make it a different run."""
 
 Job = Annotated[Literal["esm2"], Parameter(help="Job whose options are shown.")]
 ConfigFile = Annotated[
@@ -47,7 +44,7 @@ def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: o
 
     try:
         return run_esm2(resolved, SimEnv(device=resolved.config.client.device), resume=resume)
-    except SflError:
+    except (SflError, OSError):
         if resolved.config.logging.verbose:
             sys.stderr.write(traceback.format_exc())
         raise

@@ -329,5 +329,19 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
         raise EngineError("workers must be 1 on Windows, where descriptors cannot be passed. Use --workers 1.")
     context = multiprocessing.get_context("forkserver")
     module = getattr(program.client, "__module__", "__main__")
+    if module == "__main__" and not _main_is_importable():
+        raise ConfigError(
+            "client must be importable by a worker process, got one that is defined in an interactive session. "
+            "Put it into a module or a script file, or use one worker."
+        )
     context.set_forkserver_preload([name for name in ("sfl.engine.worker", module) if name != "__main__"])
     return context
+
+
+def _main_is_importable() -> bool:
+    """Whether workers can run the main module anew: it is a script or a module, not a prompt, notebook or ``-c``."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return spec.name.rpartition(".")[2] != "__main__"  # multiprocessing leaves a package's __main__ alone
+    return Path(getattr(main, "__file__", None) or "").is_file()

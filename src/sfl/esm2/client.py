@@ -11,6 +11,7 @@ from torch import nn
 
 from sfl.client.base import BaseFederatedClient
 from sfl.core import rng
+from sfl.errors import ConfigError
 from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.dataset import CleaningReport, FederatedProteins, federate_proteins, load_proteins, load_sites
@@ -76,7 +77,17 @@ class ESM2Client(BaseFederatedClient):
 
 def resident_model(source: ModelSource, device: str, *, seed: int = 0) -> EsmForMaskedLM:
     """The worker's one model of this source; ``seed`` is that of arrays which the checkpoint lacks."""
-    return resident(("esm2", source.location, device), lambda: cast("Any", load_model(source, seed=seed)).to(device))
+    return resident(("esm2", source.location, device), lambda: _placed(load_model(source, seed=seed), device))
+
+
+def _placed(model: EsmForMaskedLM, device: str) -> EsmForMaskedLM:
+    try:
+        return cast("Any", model).to(device)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it, or its memory is full
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device must be able to hold the model, got {device!r}: {reason}. Use --device cpu."
+        ) from error
 
 
 @lru_cache(maxsize=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from sfl.errors import ConfigError
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 MAX_RESIDUES = 1022
 """Residues that ESM2 was trained on at once: 1024 tokens less the two that open and close a protein."""
+
+RESUMABLE: Final = ("num_rounds", "workers", "device", "verbose", "format")
+"""Options that may change when a run goes on; any other would make it a different run."""
 
 
 @dataclass(frozen=True, kw_only=True)

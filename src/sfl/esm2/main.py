@@ -10,19 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfl.core.events import Notice, Observer
+from sfl.core.events import Notice, Observer, RunStarted
 from sfl.errors import ConfigError
-from sfl.esm2.config import ESM2RunConfig
+from sfl.esm2.config import RESUMABLE, ESM2RunConfig
 from sfl.esm2.dataset import FederatedProteins
 from sfl.esm2.model import ModelSource, find_model
+from sfl.esm2.sources import absolute
 from sfl.io.console import console_observer
 from sfl.io.run_folder import RunFolder
 from sfl.io.tree import write_text
 from sfl.recipe import Environment
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.types import site_names
-from sfl.utils.config import Resolved, dump_yaml
+from sfl.utils.config import Resolved, dump_yaml, to_dict
 from sfl.utils.logging import setup_logging
+
+_BEGAN = "config_sources.json"
 
 
 def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Path | None = None) -> int:
@@ -43,9 +46,9 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Pat
         console(Notice(text=model.why))
         pinned = _pinned(config, model, resume)
         folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
-        _write_down(folder, pinned, resolved, console, resume=resume is not None)
+        write_config = _checked(folder, pinned, resolved, console, resume=resume is not None)
         try:
-            _train(pinned, model, env, folder, observers=(console,), resume=resume is not None)
+            _train(pinned, model, env, folder, observers=(console, write_config), resume=resume is not None)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(str(folder.path)) from None  # says which run can be resumed
         console(Notice(text=f"model:  {folder.model}"))
@@ -72,39 +75,79 @@ def _train(
 
 def _pinned(config: ESM2RunConfig, model: ModelSource, resume: Path | None) -> ESM2RunConfig:
     """The configuration with everything that depends on today, this folder or the hub written out."""
-    data = config.client.data
-    if data and not data.startswith("hf:"):
-        data = ",".join(str(Path(part).expanduser().absolute()) for part in data.split(","))
     out = str(resume) if resume else config.logging.out or f"runs/esm2-{time.strftime('%Y%m%d-%H%M%S')}"
     return replace(
         config,
-        client=replace(config.client, model=model.name, data=data),
+        client=replace(config.client, model=model.name, data=absolute(config.client.data)),
         logging=replace(config.logging, out=out),
     )
 
 
-def _write_down(
+def _checked(
     folder: RunFolder, config: ESM2RunConfig, resolved: Resolved[ESM2RunConfig], console: Observer, *, resume: bool
-) -> None:
-    """The configuration first, so that whatever happens next the run can be resumed; then what the sites hold."""
+) -> Observer:
+    """Look at options and data, and write them down.
+
+    A new run's configuration is written here, so that whatever happens next it can be resumed. That of a run that goes
+    on is written when it does, by the observer that is returned: flags that it refuses must not stay.
+    """
     from sfl.esm2.client import federated_data
 
+    fixed = _fixed(config)
+    began = (folder.read_json(_BEGAN) or {}) if resume else {}
+    _require_as_began(_mapping(began, "options"), fixed, folder)
+    federated_data.cache_clear()  # the files may be others than for an earlier run of this process
     shared, report = federated_data(config)
     for line in report.warnings():
         console(Notice(text=line, level="warning"))
     described = _described(shared)
     before = folder.read_json("data.json")
-    if resume and before is not None and before["digest"] != described["digest"]:
+    if resume and before is not None and before.get("digest") != described["digest"]:
         raise ConfigError(
             f"data must be what the run began with, got other proteins in {config.client.data or 'the sample'!r}. "
             "Put the data back, or start a new run."
         )
     given = dict(resolved.sources)
     if resume:  # what the run began with stays as it was said; only flags of this call are new
-        given = {**(folder.read_json("config_sources.json") or {}), **_flags(given)}
-    folder.write_json("config_sources.json", given)
-    write_text(folder.config, dump_yaml(config, given))
+        given = {**_mapping(began, "sources"), **_flags(given)}
+
+    def write() -> None:
+        folder.write_json(_BEGAN, {"sources": given, "options": fixed})
+        write_text(folder.config, dump_yaml(config, given))
+
+    if not resume:
+        write()
     folder.write_json("data.json", described)
+    return lambda event: write() if resume and isinstance(event, RunStarted) else None
+
+
+def _fixed(config: ESM2RunConfig) -> dict[str, Any]:
+    """The options that make the run what it is. Where data and model lie may change; what they are is checked."""
+    free = {*RESUMABLE, "out", "data", "model"}
+    return {
+        f"{section}.{name}": value
+        for section, options in to_dict(config).items()
+        for name, value in options.items()
+        if name not in free
+    }
+
+
+def _require_as_began(before: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
+    changed = [
+        f"{name} {now[name]!r} instead of {value!r}"
+        for name, value in before.items()
+        if name in now and now[name] != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder.config} must say what the run began with, got {', '.join(changed)}. "
+            "Change it back, or start a new run."
+        )
+
+
+def _mapping(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _flags(sources: Mapping[str, str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfl.errors import MissingExtraError, ModelError
 from sfl.esm2.alphabet import TOKENS
+from sfl.io.tree import writing
 from sfl.train.hub import hub_refusal, is_offline
 
 if TYPE_CHECKING:
@@ -80,11 +81,9 @@ def load_model(source: ModelSource, *, seed: int = 0) -> EsmForMaskedLM:
         ModelError: If it cannot be loaded, or is not an ESM2 model.
     """
     transformers = _transformers()
-    from safetensors import SafetensorError
-
     try:
         config = transformers.AutoConfig.from_pretrained(source.location)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a foreign config.json can break transformers in any way
         raise ModelError(
             f"model must be an ESM2 checkpoint that can be loaded, got {source.name!r}: {_first_line(error)} "
             "Check the name; offline, use a local folder or --model bundled."
@@ -101,7 +100,7 @@ def load_model(source: ModelSource, *, seed: int = 0) -> EsmForMaskedLM:
         model, info = transformers.EsmForMaskedLM.from_pretrained(
             source.location, dtype="float32", attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise ModelError(f"model {source.name!r} must have loadable weights, got: {_first_line(error)}") from error
     model.esm.contact_head.requires_grad_(False)
     lacking = sorted(name for name in info["missing_keys"] if "contact_head" not in name)
@@ -113,10 +112,12 @@ def load_model(source: ModelSource, *, seed: int = 0) -> EsmForMaskedLM:
 def save_model(model: EsmForMaskedLM, folder: Path) -> None:
     """Write the model and its tokenizer so that ``transformers`` loads both back."""
     transformers = _transformers()
-    model.save_pretrained(folder)
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
-    transformers.EsmTokenizer(str(vocabulary), model_max_length=1024).save_pretrained(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        vocabulary = folder / "vocab.txt"
+        vocabulary.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+        transformers.EsmTokenizer(str(vocabulary), model_max_length=1024).save_pretrained(folder)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -143,7 +143,8 @@ def clean(
     dropped = {reason: _Dropped() for reason in ("empty", "invalid residues", "too short", "duplicate sequence")}
     for number, item in enumerate(raw, start=1):
         name = item.id or f"record-{number}"
-        sequence = "".join(item.sequence.split()).upper().rstrip("*")
+        sequence = "".join(item.sequence.split()).rstrip("*")
+        sequence = sequence.upper() if sequence.isascii() else sequence  # 'ß' would become two residues
         problem = _problem(sequence, min_length, known)
         if problem:
             dropped[problem[0]].add(f"{name}{problem[1]}")

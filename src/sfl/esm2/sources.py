@@ -72,8 +72,9 @@ def resolve(data: str) -> list[Source]:
         return [Source(BUNDLED)]
     if text.startswith("hf:"):
         return [_hub(text)]
-    if "," in text and not Path(text).expanduser().exists():
-        return [source for part in text.split(",") if part.strip() for source in resolve(part)]
+    parts = _parts(text)
+    if len(parts) != 1 or parts[0] != text:
+        return [source for part in parts for source in resolve(part)]
     path, column = _split_column(text)
     if path.is_dir() and not any((path / name).exists() for name in _SAVED):
         return _folder(path, column)
@@ -85,6 +86,31 @@ def resolve(data: str) -> list[Source]:
         f"data must be a file, a folder, a comma list or pattern of files, or hf:NAME, got {text!r}, which does not "
         f"exist. {_neighbour(path)}"
     )
+
+
+def absolute(data: str) -> str:
+    """``data`` with every path in it made absolute, so that it means the same from another folder.
+
+    Example:
+        >>> absolute("hf:NAME"), absolute("/a.fasta, /b.fasta,"), absolute("  ")
+        ('hf:NAME', '/a.fasta,/b.fasta', '')
+    """
+    text = data.strip()
+    if not text or text.startswith("hf:"):
+        return text
+    return ",".join(
+        part if part.startswith("hf:") else str(Path(part).expanduser().absolute()) for part in _parts(text)
+    )
+
+
+def _parts(text: str) -> list[str]:
+    """What the commas of a list separate; a file may have a comma in its name, too."""
+    if "," not in text or Path(text).expanduser().exists():
+        return [text]
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise DataError(f"data must name a file between its commas, got {text!r}. Name one, or none for the sample.")
+    return parts
 
 
 def _hub(text: str) -> Source:

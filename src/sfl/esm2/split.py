@@ -118,10 +118,10 @@ def federate_proteins(
     by_file = spec.kind == "files"
     if by_file:
         _require_site_files(records, files, num_clients)
-    names = list(dict.fromkeys(files)) if by_file else [f"site-{k + 1}" for k in range(num_clients)]
     values = files if by_file else _values(spec, pool)
     held = _global_held_out(values if by_file else [""] * len(pool), global_fraction, seed, num_clients)
     rest = np.setdiff1d(np.arange(len(pool), dtype=np.int64), held)
+    names = list(dict.fromkeys(files)) if by_file else [f"site-{k + 1}" for k in range(num_clients)]
     kept_values = [values[i] for i in rest] if values else None
     parts = partition_indices(
         spec, len(rest), num_clients=num_clients, seed=seed, values=kept_values, min_size=_MIN_SITE
@@ -206,7 +206,7 @@ def _global_held_out(strata: Sequence[str], fraction: float, seed: int, num_clie
     if not held:
         raise DataError(
             f"a global held-out set and {num_clients} sites must share at least {_MIN_SITE * num_clients + 1} records, "
-            f"got {len(strata)}. Give more data, lower num_clients, or set global_fraction to 0."
+            f"got {len(strata)}. Give more data, or lower num_clients."
         )
     return np.sort(np.array(held, dtype=np.int64))
 

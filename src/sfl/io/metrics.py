@@ -26,6 +26,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +35,7 @@ from sfl.core.task import EVALUATE, FIT, Status
 from sfl.errors import DataError, MissingExtraError
 from sfl.io.jsonable import dump_line, to_float, to_jsonable
 from sfl.io.tensorboard import ScalarFile
-from sfl.io.tree import write_text
+from sfl.io.tree import write_text, writing
 
 __all__ = ["CSV_HEADER", "JSONL", "MetricsWriter", "RoundEntry", "read_metrics", "read_rounds"]
 
@@ -57,13 +58,15 @@ class MetricsWriter:
 
     Raises:
         DataError: ``metrics.jsonl`` is broken somewhere else than in its last line.
+        CheckpointError: The folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, resume_after: int = -1) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._jsonl = self.folder / JSONL
         self._csv = self.folder / "metrics.csv"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in _entries_or_none(self._jsonl, resume_after) if entry["round"] <= resume_after]
         if kept and kept[-1]["round"] < resume_after:
             _log.warning("%s ends at round %d; round %d was lost.", self._jsonl, kept[-1]["round"], resume_after)
@@ -84,12 +87,14 @@ class MetricsWriter:
 
     def _write_scalars(self, entry: RoundEntry) -> None:
         if self._scalars is not None:
-            self._scalars.write(entry["round"], dict(_scalars(entry)))
+            with writing(self.folder / "tensorboard"):
+                self._scalars.write(entry["round"], dict(_scalars(entry)))
 
     def close(self) -> None:
         """Closes the TensorBoard file. The others are never left open."""
         if self._scalars is not None:
-            self._scalars.close()
+            with suppress(OSError):  # every write was flushed; a full disk has been said by then
+                self._scalars.close()
             self._scalars = None
 
     def __enter__(self) -> MetricsWriter:
@@ -142,7 +147,11 @@ def _event(entry: RoundEntry) -> RoundFinished:
 def _parse(line: bytes) -> RoundEntry | None:
     try:
         entry = json.loads(line)
-        return _restored(entry) if isinstance(entry["round"], int) else None
+        if not isinstance(entry["round"], int):
+            return None
+        entry = _restored(entry)
+        list(_tidy(entry))  # raises where a field is missing
+        return entry
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -166,7 +175,7 @@ def _entries_or_none(path: Path, resume_after: int) -> list[RoundEntry]:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with writing(path), path.open("a", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -215,7 +224,8 @@ def _scalars(entry: RoundEntry) -> Iterator[tuple[str, float]]:
 
 def _open_scalars(folder: Path) -> ScalarFile | None:
     try:
-        return ScalarFile(folder)
+        with writing(folder):
+            return ScalarFile(folder)
     except MissingExtraError as error:
         _log.warning("No TensorBoard events are written: %s", error)
         return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, DataError
 from sfl.io.tree import write_text
 
 
@@ -31,11 +32,13 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             occupied = any(path.iterdir())
-        except OSError as error:
-            raise ConfigError(f"out must be a folder that can be made, got {path}: {error.strerror}.") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"out must be a folder that can be made, got {str(path)!r}: {why}.") from error
         if occupied:
             raise ConfigError(
-                f"out must be a new or empty folder, got {path}. Choose another, or go on with --resume {path}."
+                f"out must be a new or empty folder, got {path}. Choose another, or go on with "
+                f"--resume {shlex.quote(str(path))}."
             )
         return cls(path)
 
@@ -79,7 +82,28 @@ class RunFolder:
         """Write a small JSON file atomically."""
         write_text(self.path / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-    def read_json(self, name: str) -> Any:
-        """Read one back; ``None`` if it is not there."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read an object back; ``None`` if it is not there.
+
+        Raises:
+            DataError: If it is torn or something else.
+        """
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        try:
+            tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} must be whole JSON, got: {error}. Put it back, or start a new run.") from error
+        if not isinstance(tree, dict | None):
+            raise DataError(f"{file} must hold a JSON object, got {tree!r:.60}. Put it back, or start a new run.")
+        return tree
+
+    def note_sites(self) -> None:
+        """Write down which sites keep something; they are written before the checkpoint of their round."""
+        known = self.known_sites()
+        now = sorted({*known, *(path.parent.name for path in self.sites.glob("*/*"))})
+        if now != known:
+            self.write_json("sites.json", {"sites": now})
+
+    def known_sites(self) -> list[str]:
+        """The sites that kept something when the last checkpoint was written."""
+        return list((self.read_json("sites.json") or {}).get("sites", ()))

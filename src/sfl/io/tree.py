@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,12 @@ def save_tree(path: Path, tree: StateTree) -> None:
     # One entry: safetensors writes several in no fixed order, and equal trees should be equal files.
     header = json.dumps({"format": FORMAT, "tree": skeleton, "digest": _digest(skeleton, tensors)})
     partial = path.with_name(path.name + ".partial")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"sfl": header})
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} must be writable, got: {error}. Free some space or choose another --out."
-        ) from error
 
 
 def load_tree(path: Path) -> StateTree:
@@ -70,6 +68,22 @@ def load_tree(path: Path) -> StateTree:
     return _unflatten(json.loads(skeleton), tensors)
 
 
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """What the disk refuses inside is said as one error that names ``path``.
+
+    Raises:
+        CheckpointError: If the disk is full or the file may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(
+            f"{path} must be writable, got: {why}. Free some space or choose another --out."
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -80,13 +94,22 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a small text file atomically and durably.
+
+    Raises:
+        CheckpointError: If the disk refuses; nothing half-written is left then.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def _digest(skeleton: str, tensors: dict[str, Array]) -> str:

@@ -56,7 +56,8 @@ def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hook
         The last state. It has fewer rounds than planned only if the privacy budget ended the run.
 
     Raises:
-        CompositionError: If a private job meets more sites than it was planned for.
+        CompositionError: If the engine has fewer sites than a round needs, or a private job meets more sites than it
+            was planned for.
         RoundError: If a round ends with fewer usable replies than ``min_available_clients``.
     """
     return _Run(job, engine, hooks or Hooks()).to_the_end(state)
@@ -71,6 +72,12 @@ class _Run:
             raise CompositionError(
                 f"num_clients of the federation must count every site under a mechanism, got {planned} "
                 f"and an engine with {len(self.clients)}. Set num_clients of the federation."
+            )
+        minimum = job.federation.min_available_clients
+        if len(self.clients) < minimum:
+            raise CompositionError(
+                f"an engine must offer at least min_available_clients={minimum} sites, got {len(self.clients)}. "
+                "Lower it, or give the environment more sites."
             )
         self.sites: list[SiteFinished] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sfl.core.algorithm import ServerState
 from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
 from sfl.engine.base import Engine
-from sfl.errors import ConfigError, DataError, MissingExtraError
+from sfl.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from sfl.io.checkpoint import Checkpoints
 from sfl.io.environment import environment
-from sfl.io.metrics import MetricsWriter
+from sfl.io.metrics import MetricsWriter, read_metrics
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
 from sfl.privacy.ledger import Ledger
@@ -64,8 +65,8 @@ def run_job(
         state: ServerState | None = None
         hooks = Hooks(observers=(history, *observers))
         if out is not None:
-            state, hooks = stack.enter_context(_files(out, job.name, resume=resume, observers=hooks.observers))
-        carrier = stack.enter_context(engine(job, out / "sites" if out is not None else None))
+            state, hooks = stack.enter_context(_files(out, job, resume=resume, observers=hooks.observers))
+        carrier = stack.enter_context(engine(job, RunFolder(out).sites if out is not None else None))
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)
         state = federate(job, carrier, state=state, hooks=hooks)
@@ -74,7 +75,7 @@ def run_job(
 
 @contextmanager
 def _files(
-    out: Path, job: str, *, resume: bool, observers: Sequence[Observer]
+    out: Path, job: Job, *, resume: bool, observers: Sequence[Observer]
 ) -> Generator[tuple[ServerState | None, Hooks]]:
     folder = RunFolder(out)
     notices: list[str] = []
@@ -83,18 +84,50 @@ def _files(
         raise ConfigError(
             f"out must be the folder of a new run, got {out}, which holds one. Choose another, or resume."
         )
-    state = checkpoints.load_latest(notices.append) if resume else None
+    state = _resumed(folder, checkpoints, notices.append, job.federation.num_rounds) if resume else None
     for text in notices:
         for observer in observers:
             observer(Notice(text=text, level="warning"))
-    folder.write_json("environment.json", {"job": job, **environment()})
+    folder.write_json("environment.json", {"job": job.name, **environment()})
     ledger = Ledger(folder.ledger)
     with MetricsWriter(out, resume_after=-1 if state is None else state.round) as writer:
-        hooks = Hooks(observers=(*observers, writer), save=checkpoints.save, ledger=ledger)
+        hooks = Hooks(observers=(*observers, writer), save=partial(_save, folder, checkpoints), ledger=ledger)
         try:
             yield state, hooks
         finally:
             _report(out, observers)
+
+
+def _resumed(
+    folder: RunFolder, checkpoints: Checkpoints, warn: Callable[[str], None], rounds: int
+) -> ServerState | None:
+    """The state to go on from, after a look at what the run has left; ``None`` if it did not come to a checkpoint."""
+    state = checkpoints.load_latest(warn)
+    if state is None:
+        jsonl = folder.path / "metrics.jsonl"
+        if jsonl.is_file() and any(entry["round"] > 0 for entry in read_metrics(jsonl)):
+            raise CheckpointError(
+                f"{folder.checkpoints} must hold the checkpoints of the rounds in {jsonl.name}, got none. "
+                "Put them back, or start a new run in another folder."
+            )
+        return None
+    if state.round > rounds:
+        raise ConfigError(
+            f"num_rounds must be at least the {state.round} rounds that {folder.path} has done, got {rounds}. Raise it."
+        )
+    lost = [name for name in folder.known_sites() if not any(folder.sites.glob(f"{name}/*"))]
+    if state.round and lost:
+        raise CheckpointError(
+            f"{folder.sites} must hold what its sites remember, got nothing of {', '.join(lost[:3])}. "
+            "Put it back, or start a new run in another folder."
+        )
+    return state
+
+
+def _save(folder: RunFolder, checkpoints: Checkpoints, state: ServerState) -> None:
+    """The checkpoint, and beside it which sites have something to remember, so that its loss is noticed."""
+    folder.note_sites()
+    checkpoints.save(state)
 
 
 def _report(out: Path, observers: Sequence[Observer]) -> None:
@@ -103,7 +136,7 @@ def _report(out: Path, observers: Sequence[Observer]) -> None:
         return
     try:
         write_report(out)
-    except (MissingExtraError, DataError) as error:
+    except (MissingExtraError, DataError, CheckpointError) as error:  # of a full disk the run itself has said more
         for observer in observers:
             observer(Notice(text=f"no report.html: {error}", level="warning"))
 

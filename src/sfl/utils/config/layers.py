@@ -136,7 +136,7 @@ def _parse(path: Path) -> tuple[yaml.SafeLoader, yaml.Node | None]:
         raise ConfigError(f"A config must be a readable YAML file, got {str(path)!r} ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"A config must be text in UTF-8, got {str(path)!r} ({error.reason}).") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark: Any = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
