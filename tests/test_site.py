@@ -166,3 +166,19 @@ def test_an_interrupt_is_not_the_sites_to_handle() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         site(Interrupted).run(Task(FIT, 1, W))
+
+
+def test_a_private_site_keeps_the_words_of_its_errors_its_time_and_its_figures() -> None:
+    class Telling(clients.Base):
+        def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
+            raise ValueError("patient record 4711")
+
+    site = Site(SiteProgram(client=Telling, share_metrics=False), "site-1", 0)
+    failed = site.run(Task(FIT, 1, {"w": np.zeros(2)}))
+    assert failed.status is Status.FAILED
+    assert "ValueError" in failed.reason
+    assert "4711" not in failed.reason + failed.details
+    assert failed.seconds == 0.0
+    asked = site.run(Task(EVALUATE, 1, {"w": np.zeros(2)}))
+    assert asked.status is Status.REJECTED
+    assert asked.update is None

@@ -71,16 +71,28 @@ class Site:
             update = self._dispatch(task)
         except UpdateError as error:
             self._forget()
+            if not self._program.share_metrics:
+                return self._withheld(Status.REJECTED, error)
             return Reply(self.name, Status.REJECTED, reason=str(error), seconds=time.perf_counter() - started)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client's code raises becomes its reply
             self._forget()
+            if not self._program.share_metrics:
+                return self._withheld(Status.FAILED, error)
             reason = f"{self.name}: {type(error).__name__}: {error}"
             seconds = time.perf_counter() - started
             return Reply(self.name, Status.FAILED, reason=reason, seconds=seconds, details=traceback.format_exc())
         unchanged = not self._program.chain.transforms  # a transform may make what the check has not seen
-        return Reply(self.name, Status.USED, update, seconds=time.perf_counter() - started, known_finite=unchanged)
+        seconds = time.perf_counter() - started if self._program.share_metrics else 0.0  # tells the size of the data
+        return Reply(self.name, Status.USED, update, seconds=seconds, known_finite=unchanged)
+
+    def _withheld(self, status: Status, error: BaseException) -> Reply:
+        """Under a mechanism an error's own words, which may quote data, stay on the site; so does the time it took."""
+        reason = f"{self.name}: {type(error).__name__}; its words are withheld, as this job is private"
+        return Reply(self.name, status, reason=reason)
 
     def _dispatch(self, task: Task) -> Update:
+        if task.name == EVALUATE and not self._program.share_metrics:
+            raise UpdateError(f"{self.name}: a private job must not ask for a site's exact figures, got an evaluation.")
         client = self._ready(task)
         if task.name == FIT:
             return self._fit(client, task)
