@@ -222,3 +222,15 @@ def test_blocks_cover_the_array_once_in_order(size: int) -> None:
     pieces = list(arrays.blocks(value))
     assert all(0 < piece.size <= arrays.BLOCK and np.shares_memory(piece, value) for piece in pieces)
     np.testing.assert_array_equal(np.concatenate([value[:0], *pieces]), value)
+
+
+@pytest.mark.parametrize("place", [None, 0, arrays.BLOCK, 2 * arrays.BLOCK + 4])
+def test_a_large_difference_is_taken_in_blocks_and_tells_whether_it_is_finite(place: int | None) -> None:
+    size = 2 * arrays.BLOCK + 5
+    generator = np.random.default_rng(0)
+    updated, base = generator.random(size, np.float32), generator.random(size, np.float32)
+    if place is not None:
+        updated[place] = np.nan
+    expected = updated - base
+    assert bool(arrays.subtract_into(updated, base, updated)) == (place is None)
+    np.testing.assert_array_equal(updated, expected)

@@ -127,3 +127,13 @@ def test_the_server_looks_at_structure_and_finiteness_itself() -> None:
         check.check_update(Update("site-1", {"x": SENT["b"]}, 1.0), SENT)
     with pytest.raises(UpdateError, match="finite"):
         check.check_update(Update("site-1", {"b": np.full(3, np.nan)}, 1.0), SENT)
+
+
+def test_arrays_known_to_be_finite_are_not_read_again_but_all_else_is() -> None:
+    expected = {"w": np.zeros(2)}
+    bad = Update("site-1", {"w": np.array([1.0, np.nan])}, 1.0)
+    check.check_update(bad, expected, known_finite=True)
+    with pytest.raises(UpdateError, match="finite"):
+        check.check_update(bad, expected)
+    with pytest.raises(UpdateError, match="shape"):
+        check.check_update(Update("site-1", {"w": np.zeros(3)}, 1.0), expected, known_finite=True)

@@ -104,7 +104,7 @@ def test_the_smallest_example() -> None:
         lambda: None,
         lambda: {"w": np.array([np.inf])},
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_initial_parameters_that_cannot_be_averaged_are_refused(initial: Any) -> None:
     with pytest.raises(ConfigError, match=r"^initial_parameters must be "):
