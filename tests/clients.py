@@ -218,14 +218,14 @@ class Lender(Hoarder):
 
 
 class LedgerReader(Base):
-    """Reports how many lines the ledger holds while it trains."""
+    """Reports how many events the ledger holds while it trains."""
 
     def __init__(self, client_id: int = 0, device: str = "cpu", *, ledger: str, log: str) -> None:
         super().__init__(client_id=client_id, device=device)
         self.ledger, self.log = Path(ledger), Path(log)
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
-        lines = len(self.ledger.read_text().splitlines()) if self.ledger.exists() else 0
+        lines = self.ledger.read_text().count('"event"') if self.ledger.exists() else 0
         with self.log.open("a") as file:
             file.write(f"{config['round']} {lines}\n")
         return {"w": parameters["w"] + np.array([3.0, 4.0]) * (self.client_id + 1)}, 5, {"loss": 1.0}

@@ -3,16 +3,47 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything can import a library that reads them
+os.environ["UV_OFFLINE"] = "1"  # nothing is installed in the middle of a run
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("sfl", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("sfl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that workers end together; in their order otherwise."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+TOGETHER = ("test_flower_attached.py", "test_poc.py", "test_provisioned.py")
+"""Modules whose tests share a federation that takes long to start: one worker runs each."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests go to whichever worker is free, one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = Path(nodeid.partition("::")[0])
+            return str(module) if module.name in TOGETHER else nodeid
+
+    return OneByOne(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledgers of tests are none of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -317,3 +318,35 @@ def test_job_files_run_from_anywhere(job: str) -> None:
     command = [sys.executable, str(ROOT / f"jobs/{job}_runner.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"sfl run {job}" in done.stdout
+
+
+def test_flags_mean_the_same_where_something_has_loaded_pydantic(capsys: pytest.CaptureFixture[str]) -> None:
+    import_module("pydantic")  # cyclopts then validates with it, unless it is told not to
+    assert main(["run", "esm2", "--num-rounds", "x"]) == 2
+    assert "--num-rounds" in capsys.readouterr().err
+    assert main(["config", "show", "--num-rounds", "7"]) == 0
+    assert "7" in capsys.readouterr().out
+
+
+def test_a_privacy_plan_finds_noise_for_a_target_and_the_cost_of_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "privacy",
+        "plan",
+        "--num-rounds",
+        "50",
+        "--num-clients",
+        "40",
+        "--fraction-fit",
+        "0.3",
+        "--sampling",
+        "poisson",
+    ]
+    assert main([*words, "--dp-target-epsilon", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "noise multiplier 1.51" in said
+    assert "ε = 8 at δ = 1e-05 for each site" in said
+    assert "each of 40 sites with probability 0.3" in said
+    assert main(["privacy", "plan", "--dp-noise", "0.1"]) == 0
+    assert "ε = 224 at δ = 1e-05 for each site - too large to mean much" in capsys.readouterr().out
+    assert main(["privacy", "plan", "--dp-mode", "local", "--dp-noise", "0"]) == 0
+    assert "no formal guarantee" in capsys.readouterr().out

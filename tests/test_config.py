@@ -69,6 +69,7 @@ def test_no_layer_gives_the_defaults() -> None:
         for section in (
             resolved.config.federation,
             resolved.config.client,
+            resolved.config.privacy,
             resolved.config.logging,
         )
     )
@@ -162,6 +163,12 @@ def test_yaml_reads_back_what_was_dumped(config: ESM2RunConfig, write: Write) ->
     assert load_config(ESM2RunConfig, write(dump_yaml(config))) == config
 
 
+@pytest.mark.parametrize("break_", ["\x85", "a\u2028b", "ä\u2029"])
+def test_yaml_keeps_what_unicode_calls_a_line_break(break_: str, write: Write) -> None:
+    config = ESM2RunConfig(client=ESM2ClientConfig(data=break_))
+    assert load_config(ESM2RunConfig, write(dump_yaml(config))) == config
+
+
 def test_to_dict_has_sections() -> None:
     assert to_dict(ESM2RunConfig())["client"]["learning_rate"] == 5e-4
 
@@ -250,7 +257,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ("environ", "message"),
     [
         ({"SFL_NUM_ROUND": "1"}, r"got 'SFL_NUM_ROUND'\. Did you mean 'SFL_NUM_ROUNDS'\?"),
-        ({"SFL_XQJ": "1"}, r"got 'SFL_XQJ'\. Known: SFL_BATCH_SIZE"),
+        ({"SFL_XQJWVZYKHU": "1"}, r"got 'SFL_XQJWVZYKHU'\. Known: SFL_BACKEND"),
         ({"SFL_NUM_ROUNDS": "many"}, r"a whole number, got 'many' \(environment SFL_NUM_ROUNDS\)"),
         ({"SFL_NUM_ROUNDS": ""}, "a whole number, got ''"),
         ({"SFL_VERBOSE": "maybe"}, "verbose must be true or false, got 'maybe'"),

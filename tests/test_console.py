@@ -238,10 +238,14 @@ def test_words_at_their_edges() -> None:
 def logger() -> Iterator[logging.Logger]:
     log = logging.getLogger("sfl")
     handlers, level = list(log.handlers), log.level
+    log.handlers[:] = [
+        handler for handler in handlers if isinstance(handler, logging.NullHandler)
+    ]  # as in a new process
     yield log
     for handler in [handler for handler in log.handlers if handler not in handlers]:
         log.removeHandler(handler)
         handler.close()
+    log.handlers[:] = handlers
     log.setLevel(level)
 
 

@@ -137,3 +137,16 @@ def test_arrays_known_to_be_finite_are_not_read_again_but_all_else_is() -> None:
         check.check_update(bad, expected)
     with pytest.raises(UpdateError, match="shape"):
         check.check_update(Update("site-1", {"w": np.zeros(3)}, 1.0), expected, known_finite=True)
+
+
+def test_the_answer_to_a_task_of_a_workflow_may_have_any_names_and_shapes() -> None:
+    check.check_arrays(Update("site-1", {"anything": np.zeros((2, 0)), "flag": np.array(True)}, 1.0))
+    for update, message in (
+        (Update("site-1", {}, 0.0), "weight must be positive"),
+        (Update("site-1", [1], 1.0), "arrays must be a dict of named arrays, got list"),  # type: ignore[arg-type]
+        (Update("site-1", {"a": [1]}, 1.0), r"'a' must be an array of real numbers, got \[1\]"),  # type: ignore[dict-item]
+        (Update("site-1", {"a": np.array(["x"])}, 1.0), "'a' must be an array of real numbers"),
+        (Update("site-1", {"a": np.array([np.nan])}, 1.0), "'a' must be finite, got NaN"),
+    ):
+        with pytest.raises(UpdateError, match=message):
+            check.check_arrays(update)

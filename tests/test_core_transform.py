@@ -143,3 +143,41 @@ def test_divide_divides() -> None:
 def test_divide_never_enlarges(divisor: float) -> None:
     with pytest.raises(ConfigError, match="divisor must be at least 1, got"):
         Divide(divisor)
+
+
+class Talks(Affine):
+    """Sends a count beside the rest, and what it was told as its factor."""
+
+    def sends(self, parameters: Parameters) -> Parameters:
+        return {**parameters, "count": np.zeros(())}
+
+    def tells(self, state: Any) -> dict[str, float]:
+        return {"factor": float(state)}
+
+    def told(self, config: Any) -> Any:
+        return Talks(config.get("factor", self.factor), self.shift)
+
+
+class Knows(Affine):
+    """Its state is the names that it was prepared for."""
+
+    def init(self, parameters: Parameters) -> Any:
+        return sorted(parameters)
+
+
+def test_a_transform_sends_what_it_gets_and_tells_nothing_unless_it_says_so() -> None:
+    parameters = {"a": np.ones(1)}
+    assert DOUBLE.sends(parameters) is parameters
+    assert DOUBLE.tells(0) == {}
+    assert DOUBLE.told({"factor": 5.0}) is DOUBLE
+
+
+def test_a_chain_sends_tells_and_is_told_all_that_its_parts_are() -> None:
+    both = chain(Talks(2, 0), Knows(1, 0))
+    parameters = {"a": np.ones(1)}
+    assert list(both.sends(parameters)) == ["a", "count"]
+    assert both.init(parameters) == [0, ["a", "count"]]  # the second is prepared for what the first sends
+    assert both.tells([7, 0]) == {"factor": 7.0}
+    told = both.told({"factor": 3.0})
+    assert [transform.factor for transform in told.transforms] == [3.0, 1]  # type: ignore[attr-defined]
+    assert run(chain(Talks(2, 0)).told({"factor": 3.0}))[0] == 3.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from sfl.core import events
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.mechanism import DpEvent, Mechanism
-from sfl.core.task import Reply, Status, Task, Update
+from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.core.transform import Transform, chain
 from sfl.errors import CompositionError
 from sfl.types import Parameters
@@ -113,9 +114,30 @@ def test_the_halves_of_a_mechanism_compose_in_one_order_only() -> None:
         chain(mechanism.noise(), mechanism.clip())
     assert mechanism.event(2, 8).sampling_rate == 0.25
     assert mechanism.event(2, 8).count == 1
+    assert (mechanism.on_sum, mechanism.rounds_apart, mechanism.least_sites) == (False, 1, 0)
 
 
 @pytest.mark.parametrize("abstract", [Mechanism, Algorithm, Transform])
 def test_what_is_abstract_cannot_be_made(abstract: type) -> None:
     with pytest.raises(TypeError, match="abstract"):
         abstract()
+
+
+def test_an_algorithm_claims_nothing_of_its_sampling_unless_it_says_so() -> None:
+    """A mechanism may book amplification only for what the algorithm really draws."""
+
+    class Everybody(Algorithm):
+        def init(self, parameters: Parameters) -> ServerState:
+            return ServerState(0, parameters)
+
+        def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
+            return Task(FIT, state.round + 1, state.parameters), list(clients)
+
+        def finish(self, state: ServerState, aggregate: Update) -> ServerState:
+            return state
+
+    everybody, state = Everybody(), ServerState(0, {})
+    assert everybody.sampling_rate == 1.0
+    assert everybody.rounds_apart == 1
+    assert everybody.group(3) == ""
+    assert everybody.joined(state, ["a"]) is state

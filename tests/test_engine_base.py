@@ -26,11 +26,16 @@ class FakeEngine(Engine):
     def clients(self) -> list[str]:
         return sorted(set(self.arrivals))
 
-    def send(self, task: Task, clients: Sequence[str]) -> None:
+    def send(self, task: Task, clients: Sequence[str]) -> int:
         assert task is TASK
         self.log.append(f"send {len(clients)}")
+        return 7
 
-    def replies(self, timeout: float | None = None) -> Iterator[Reply]:
+    def cancel(self, ticket: int) -> None:
+        assert ticket == 7
+
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        assert ticket == 7
         for site in self.arrivals:
             self.log.append(f"draw {site}")
             self.buffer["w"][:] = number(site)

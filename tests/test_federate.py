@@ -326,10 +326,14 @@ class Hostile(Engine):
     def clients(self) -> list[str]:
         return ["site-1", "site-2", "site-3"]
 
-    def send(self, task: Task, clients: Sequence[str]) -> None:
+    def send(self, task: Task, clients: Sequence[str]) -> int:
         self.sent = list(clients)
+        return 1
 
-    def replies(self, timeout: float | None = None) -> Iterator[Reply]:
+    def cancel(self, ticket: int) -> None:
+        self.sent = []
+
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
         for site in self.sent:
             yield self.forged.get(site) or Reply(site, Status.USED, Update(site, {"w": np.ones(2)}, 1.0))
 

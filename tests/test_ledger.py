@@ -13,11 +13,13 @@ import clients
 from sfl.core.events import StageStarted
 from sfl.core.mechanism import DpEvent
 from sfl.core.task import FIT, Status
-from sfl.core.transform import Divide
+from sfl.core.transform import Chain, Divide
 from sfl.engine.local import LocalEngine
 from sfl.env import SimEnv
-from sfl.errors import BudgetExhausted, CompositionError, LedgerError
-from sfl.privacy.ledger import Ledger
+from sfl.errors import BudgetExhausted, CompositionError, ConfigError, LedgerError
+from sfl.privacy import ledger as ledger_module
+from sfl.privacy.anchor import ledgers_folder
+from sfl.privacy.ledger import Ledger, dataset_ledger
 from sfl.recipe import FedAvgRecipe
 from sfl.server.federate import Hooks, federate
 from sfl.types import FederationConfig
@@ -47,9 +49,9 @@ def test_without_a_file_it_counts_in_memory() -> None:
 
 
 def edited(lines: list[str]) -> list[str]:
-    entry = json.loads(lines[1])
+    entry = json.loads(lines[2])
     entry["event"]["noise_multiplier"] = 100.0
-    return [lines[0], json.dumps(entry) + "\n", *lines[2:]]
+    return [*lines[:2], json.dumps(entry) + "\n", *lines[3:]]
 
 
 DAMAGE: dict[str, Callable[[list[str]], list[str]]] = {
@@ -63,8 +65,9 @@ DAMAGE: dict[str, Callable[[list[str]], list[str]]] = {
     "torn before its newline": lambda lines: [*lines[:-1], lines[-1][:-1]],
     "blank line": lambda lines: [*lines, "\n"],
     "not an entry": lambda lines: [*lines, "3\n"],
-    "unknown field": lambda lines: [lines[0].replace('"unit"', '"units"'), *lines[1:]],
-    "round changed": lambda lines: [lines[0].replace('"round": 1', '"round": 2'), *lines[1:]],
+    "unknown field": lambda lines: [lines[0], lines[1].replace('"unit"', '"units"'), *lines[2:]],
+    "round changed": lambda lines: [lines[0], lines[1].replace('"round": 1', '"round": 2'), *lines[2:]],
+    "no identity": lambda lines: [lines[0].replace('"ledger": "', '"ledger": "..'), *lines[1:]],
 }
 
 
@@ -100,6 +103,76 @@ def test_a_ledger_must_cover_the_rounds_of_the_checkpoint(tmp_path: Path) -> Non
     ledger.must_cover(3)
     with pytest.raises(LedgerError, match=r"rounds 1 to 5 spent, got none of \[4, 5\]"):
         Ledger(tmp_path / "ledger.jsonl").must_cover(5)
+
+
+def rechained(lines: list[str], change: Callable[[list[Any]], list[Any]]) -> str:
+    """The lines after ``change``, under a hash chain that is whole."""
+    hashes: list[str] = []
+    written: list[str] = []
+    for body in change([json.loads(line) for line in lines]):
+        body.pop("hash")
+        ledger_module._add_line(written, hashes, body)
+    return "".join(written)
+
+
+FORGED: dict[str, Callable[[list[Any]], list[Any]]] = {
+    "an older copy": lambda bodies: bodies[:-1],
+    "edited and chained anew": lambda bodies: [*bodies[:-1], bodies[-1] | {"round": 9}],
+    "the middle left out and chained anew": lambda bodies: bodies[:2] + bodies[3:],
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_ledger_that_was_put_back_or_forged_does_not_fit_what_is_remembered(tmp_path: Path, forged: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    filled(path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 5
+    path.write_text(rechained(lines, FORGED[forged]))
+    with pytest.raises(LedgerError, match="An older copy was put back, or it was edited"):
+        Ledger(path)
+    path.write_text(rechained(lines, lambda bodies: bodies))  # nothing else was wrong with it
+    assert len(Ledger(path).events) == 4
+
+
+def test_a_ledger_that_was_never_seen_on_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path / "ledger.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    (tmp_path / "another").write_text("")  # nor does it stop a run if nothing can be remembered
+    ledger.charge(5, EVENT)
+    assert len(Ledger(tmp_path / "ledger.jsonl").events) == 5
+
+
+def test_an_unreadable_memory_is_refused(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger.jsonl")
+    (ledgers_folder() / "anchors" / f"{ledger.id}.json").write_text("3")
+    with pytest.raises(LedgerError, match="must say what a ledger was, got '3'"):
+        Ledger(tmp_path / "ledger.jsonl")
+
+
+def test_runs_on_one_data_set_are_counted_together(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
+    first.charge(1, EVENT)
+    asked: list[tuple[int, list[int]]] = []
+    second = Ledger(
+        tmp_path / "b.jsonl",
+        budget=lambda events, earlier: asked.append((len(events), [len(run) for run in earlier])),
+        dataset=dataset_ledger("trial-7"),
+    )
+    first.charge(2, EVENT, EVENT)  # at the same time
+    second.charge(1, EVENT)
+    assert asked == [(1, [3])]
+    again = Ledger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
+    assert (len(again.events), [len(run) for run in again.earlier()]) == (3, [1])
+    (ledgers_folder() / "trial-7.jsonl").unlink()
+    with pytest.raises(LedgerError, match="got 0 or others"):  # also by a run that has begun
+        again.charge(3, EVENT)
+    with pytest.raises(LedgerError, match="must hold the 5 lines that were written to it, got 0 or others"):
+        dataset_ledger("trial-7")
+    assert dataset_ledger("") is None
+    with pytest.raises(ConfigError, match="a data set's name must be of letters"):
+        dataset_ledger("../x")
 
 
 # In a run
@@ -175,7 +248,7 @@ def test_more_sites_than_were_planned_for_are_refused_under_central_noise(tmp_pa
 def test_an_order_that_breaks_the_sensitivity_is_refused(tmp_path: Path) -> None:
     from sfl.core.aggregator import Sum
 
-    with pytest.raises(CompositionError, match="aggregator must be WeightedMean under central noise, got Sum"):
+    with pytest.raises(CompositionError, match="aggregator must be WeightedMean under noise on the sum, got Sum"):
         recipe(tmp_path / "run", "central", aggregator=Sum()).build()
     built = recipe(tmp_path / "run", "central", transforms=(clients.DropNames("w"),)).build()
     names = [type(t).__name__ for t in built.program.chain.transforms]
@@ -185,24 +258,24 @@ def test_an_order_that_breaks_the_sensitivity_is_refused(tmp_path: Path) -> None
     assert isinstance(last, Divide)
     assert last.divisor == 2
     with pytest.raises(CompositionError, match="Swap"):
-        replace(recipe(tmp_path, "local"), mechanisms=(clients.TestMechanism("local"), Raising())).build()
+        replace(recipe(tmp_path, "local"), mechanisms=(Loud(),)).build()
 
 
-class Raising(clients.TestMechanism):
-    """Its clip half could raise a norm that was bounded before it."""
+class Loud(clients.TestMechanism):
+    """Its clip half raises again the norm that it has bounded."""
 
     def __init__(self) -> None:
         super().__init__("local")
 
     def clip(self) -> Any:
-        return LoudFeedback()
+        return Chain((super().clip(), LoudFeedback()))
 
 
 class LoudFeedback(clients.ErrorFeedback):
     raises_norm = True
 
 
-def two_rounds(events: Sequence[DpEvent]) -> None:
+def two_rounds(events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]]) -> None:
     if len(events) > 2:
         raise BudgetExhausted(f"epsilon must stay below 2, got 3 after round {len(events)}.")
 
@@ -216,7 +289,7 @@ def test_an_exhausted_budget_ends_the_run_before_anything_is_sent(tmp_path: Path
     assert state.round == 2
     assert recorder.events[-1].reason == "epsilon must stay below 2, got 3 after round 3."
     assert [e.round for e in recorder.events if isinstance(e, StageStarted)] == [1, 2]
-    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 2
+    assert len(Ledger(tmp_path / "run" / "ledger.jsonl").events) == 2
 
 
 def test_nothing_is_sent_when_the_ledger_cannot_be_written(tmp_path: Path) -> None:
@@ -239,7 +312,7 @@ def test_a_resume_without_its_whole_ledger_is_refused(tmp_path: Path, loss: str)
         file.unlink()
     else:
         file.write_text(file.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(LedgerError, match="must hold what rounds 1 to 2 spent"):
+    with pytest.raises(LedgerError, match=r"must hold (what rounds 1 to 2 spent|the 3 lines that were written to it)"):
         recipe(out, "central", rounds=4).execute(SimEnv(device="cpu"), out=out, resume=True)
 
 
@@ -248,9 +321,9 @@ def test_a_round_that_is_repeated_is_charged_again(tmp_path: Path) -> None:
     stop = clients.Recorder(stop_at=6)
     with pytest.raises(InterruptedError):
         recipe(out, "central", rounds=3).execute(SimEnv(device="cpu"), out=out, observers=(stop,))
-    done = [json.loads(line)["round"] for line in (out / "ledger.jsonl").read_text().splitlines()]
+    done = [entry.round for entry in Ledger(out / "ledger.jsonl").entries]
     result = recipe(out, "central", rounds=3).execute(SimEnv(device="cpu"), out=out, resume=True)
-    rounds = [json.loads(line)["round"] for line in (out / "ledger.jsonl").read_text().splitlines()]
+    rounds = [entry.round for entry in Ledger(out / "ledger.jsonl").entries]
     assert rounds[: len(done)] == done
     assert len(rounds) == 4
     assert sorted(set(rounds)) == [1, 2, 3]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -304,21 +305,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_parent_killed_outright_leaves_no_worker_and_no_shared_file(tmp_path: Path) -> None:
+def test_a_parent_killed_outright_leaves_no_worker_and_no_file(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     shared = Path("/dev/shm")
     before = set(shared.iterdir()) if shared.is_dir() else set()
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # short: a socket lies in it
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(temporary)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert list(temporary.iterdir())
         parent.kill()
     assert len(pids) == 2
     deadline = time.monotonic() + 5
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
+    while (any(map(is_running, pids)) or [*temporary.iterdir()]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(is_running, pids))
+    temporary.rmdir()
     assert (set(shared.iterdir()) if shared.is_dir() else set()) - before == set()
 
 

@@ -187,3 +187,13 @@ def test_a_missing_extra_names_its_command(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=f"{package} must be installed.*sfl\\[report\\]"):
         write_report(folder)
+
+
+def test_what_differential_privacy_promises_is_said_in_words(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [finished(0)])
+    statement = ["privacy: ε = 8 at δ = 1e-05 for each site", "hidden: whether any one site took part"]
+    (folder / "privacy.json").write_text(json.dumps({"statement": statement, "guarantees": []}))
+    text = page(folder)
+    assert "<strong>ε = 8 at δ = 1e-05 for each site</strong>" in text
+    assert "hidden: whether any one site took part" in text
+    assert "No formal guarantee" not in text

@@ -9,7 +9,7 @@ import pytest
 import clients
 from sfl.client.inference import BaseInferenceClient
 from sfl.client.site import Site, SiteProgram
-from sfl.core.task import EVALUATE, FIT, Status, Task, Update
+from sfl.core.task import END, EVALUATE, FIT, Status, Task, Update
 from sfl.core.transform import chain
 from sfl.types import ClientUpdate, Config, Metrics, Parameters
 
@@ -52,7 +52,7 @@ def test_a_client_is_told_who_it_is_and_which_round() -> None:
 def test_an_unknown_task_fails() -> None:
     reply = site(clients.Base).run(Task("dance", 1, W))
     assert (reply.status, reply.update) == (Status.FAILED, None)
-    assert "a task must be 'fit' or 'evaluate', got 'dance'" in reply.reason
+    assert "Base.run_task must be defined to do 'dance'" in reply.reason
 
 
 def test_an_unexpected_keyword_names_the_class() -> None:
@@ -176,9 +176,24 @@ def test_a_private_site_keeps_the_words_of_its_errors_its_time_and_its_figures()
     site = Site(SiteProgram(client=Telling, share_metrics=False), "site-1", 0)
     failed = site.run(Task(FIT, 1, {"w": np.zeros(2)}))
     assert failed.status is Status.FAILED
-    assert "ValueError" in failed.reason
+    assert "why is withheld" in failed.reason
     assert "4711" not in failed.reason + failed.details
     assert failed.seconds == 0.0
     asked = site.run(Task(EVALUATE, 1, {"w": np.zeros(2)}))
-    assert asked.status is Status.REJECTED
+    assert asked.status is Status.FAILED  # nor whether it broke the contract
     assert asked.update is None
+
+
+def test_the_end_of_a_run_closes_the_client_and_makes_none() -> None:
+    closed: list[str] = []
+
+    class Closes(clients.MyClient):
+        def close(self) -> None:
+            closed.append(self.site)
+
+    site = Site(SiteProgram(client=Closes), "site-1", 0)
+    assert site.run(Task(END, 0, {})).status is Status.USED
+    assert closed == []  # it never worked: there is nothing to close
+    site.run(Task(FIT, 1, {"w": np.ones(2)}))
+    site.run(Task(END, 0, {}))
+    assert closed == ["site-1"]

@@ -29,7 +29,9 @@ def test_the_state_is_the_one_before_the_round(tmp_path: Path) -> None:
 
 def test_the_newest_three_are_kept_and_older_ones_are_missed(tmp_path: Path) -> None:
     kept = store(tmp_path, 1, 2, 3, 4, 5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"state-{n:06d}.safetensors" for n in (3, 4, 5)]
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        f"state-{n:06d}.safetensors" for n in (3, 4, 5)
+    ]
     assert [after(kept, n) for n in (4, 5, 6)] == [3, 4, 5]
     with pytest.raises(CheckpointError, match=r"must hold the site's state before round 3, got rounds \[3, 4, 5\]"):
         kept.load(3)
@@ -58,3 +60,14 @@ def test_a_torn_state_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError):
         kept.load(3)
+
+
+def test_within_one_life_of_the_server_the_newest_state_counts(tmp_path: Path) -> None:
+    kept = SiteStore(tmp_path)
+    kept.save(1, {"after": 1}, "a")
+    kept.save(2, {"after": 2}, "a")
+    assert kept.load(2, "a")["after"] == 2  # a second task of round 2
+    assert kept.load(2, "b")["after"] == 1  # round 2 repeated
+    kept.save(2, {"after": 20}, "b")
+    assert kept.load(2, "b")["after"] == 20
+    assert kept.load(2, "a")["after"] == 1

@@ -7,6 +7,8 @@
     ├── ModelError                     a model cannot be found or loaded
     ├── MissingExtraError (ImportError) an optional dependency is not installed
     ├── UpdateError (ValueError)       a site's reply broke the contract (names the site)
+    ├── ClientApiError (RuntimeError)  a training script called the Client API out of order
+    ├── ScriptError                    a site's training script failed, or ended too early
     ├── RoundError                     a round ended with fewer usable replies than its minimum
     ├── EngineError                    the engine lost a worker or could not carry a task
     ├── CheckpointError                no usable checkpoint, or one that is torn or edited
@@ -57,6 +59,14 @@ class MissingExtraError(SflError, ImportError):
 
 class UpdateError(SflError, ValueError):
     """A site's reply broke the contract; the message names the site."""
+
+
+class ClientApiError(SflError, RuntimeError):
+    """A training script called the Client API out of order, or with what cannot be sent."""
+
+
+class ScriptError(SflError):
+    """A site's training script failed, or ended too early. Its own error is the cause, or among the notes."""
 
 
 class RoundError(SflError):

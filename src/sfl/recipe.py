@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
 from sfl.client.base import BaseFederatedClient
+from sfl.client.callbacks import SiteCallback
+from sfl.client.script import ScriptClient
 from sfl.client.site import SiteProgram
 from sfl.core import arrays
 from sfl.core.aggregator import Aggregator, Sum, WeightedMean
@@ -19,21 +21,27 @@ from sfl.core.algorithm import Algorithm
 from sfl.core.events import Observer
 from sfl.core.mechanism import Mechanism
 from sfl.core.transform import Chain, Divide, Transform, chain
-from sfl.engine.base import Engine
 from sfl.errors import CompositionError, ConfigError
+from sfl.privacy.budget import PrivacyBudget
+from sfl.privacy.rules import check_together
+from sfl.server.callbacks import Callback
 from sfl.server.job import Job
-from sfl.server.session import RunResult, run_job
+from sfl.server.script_job import ScriptJob, sized
+from sfl.server.selection import Mode, Selection
+from sfl.server.session import RunResult
 from sfl.server.strategy import FedAvg, SumFedAvg
+from sfl.server.workflow import Workflow
+from sfl.train.model_source import ModelSource
 from sfl.types import Array, FederationConfig, Metrics, Parameters
 
-__all__ = ["Environment", "FedAvgRecipe", "Recipe", "RunResult", "SumRecipe"]
+__all__ = ["Environment", "FedAvgRecipe", "Recipe", "RunResult", "SumRecipe", "WorkflowRecipe"]
 
 
 class Environment(Protocol):
     """Where a recipe runs. Changing it changes nothing else."""
 
-    def engine(self, job: Job, sites_folder: Path | None) -> Engine:
-        """The engine for a job; sites keep their state under ``sites_folder``, if there is one."""
+    def run(self, recipe: Recipe, *, out: Path | None, resume: bool, observers: Sequence[Observer]) -> RunResult:
+        """Run a recipe: see ``Recipe.execute``."""
         ...
 
 
@@ -50,27 +58,43 @@ class Recipe(ABC):
         aggregator: How updates become one.
         transforms: What an update passes on its site, in order.
         mechanisms: Differential privacy; the order is that of the sites.
+        budget: Ends the run before a round that would pass it, and says at which δ what was spent is reported.
         central: The global model's figures on global held-out data.
         derive: Adds figures that follow from others, such as a perplexity from a mean loss. It is applied to each
             site's figures and to their means, so what it adds is never averaged.
-        evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates.
+        callbacks: Called at named moments of the run, on the server; frozen dataclasses, so that they travel.
+        site_callbacks: Called at named moments on each site.
+        key_metric: The figure by which a global model is the best; by default ``accuracy`` where it is reported, else
+            ``loss``. The best model's round is in the result, its parameters in ``best.safetensors`` of the run.
+        key_metric_mode: ``"min"``, ``"max"``, or ``"auto"``: lower is better for losses and errors.
+        evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates, ``"end"`` only after the last.
+            By default 1, and ``"end"`` for a training script.
     """
 
     name: str
-    client: Callable[..., BaseFederatedClient]
-    initial_parameters: Parameters | Callable[[], Parameters]
+    client: Callable[..., BaseFederatedClient] | None = None
+    initial_parameters: Parameters | Callable[[], Parameters] | None = None
     federation: FederationConfig = field(default_factory=FederationConfig)
     client_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     aggregator: Aggregator = field(default_factory=WeightedMean)
     transforms: tuple[Transform, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
+    budget: PrivacyBudget | None = None
     central: Callable[[Parameters], Metrics] | None = None
     derive: Callable[[Metrics], Metrics] = dict
-    evaluate_every: int = 1
+    callbacks: tuple[Callback, ...] = ()
+    site_callbacks: tuple[SiteCallback, ...] = ()
+    key_metric: str | None = None
+    key_metric_mode: Mode = "auto"
+    evaluate_every: int | Literal["end"] | None = None
 
     @abstractmethod
-    def algorithm(self) -> Algorithm:
+    def algorithm(self) -> Algorithm | Workflow:
         """The algorithm that this recipe stands for."""
+
+    def resolved(self) -> Self:
+        """The same job said in terms of clients; one of a training script becomes one of script clients."""
+        return self
 
     def build(self) -> Job:
         """Compose the job, after checking that its parts fit.
@@ -78,8 +102,26 @@ class Recipe(ABC):
         Raises:
             CompositionError: Naming the parts that do not fit, and what to change.
         """
-        if self.evaluate_every < 0:
-            raise CompositionError(f"evaluate_every must be 0 (never) or more, got {self.evaluate_every}.")
+        return self.resolved()._compose()
+
+    def _compose(self) -> Job:
+        every = 1 if self.evaluate_every is None else self.evaluate_every
+        if every != "end" and every < 0:
+            raise CompositionError(f"evaluate_every must be 0 (never) or more, got {every}.")
+        if self.client is None:
+            raise CompositionError("client must be the class of the sites' clients, got none.")
+        if self.key_metric_mode not in ("auto", "min", "max"):
+            raise CompositionError(f"key_metric_mode must be auto, min or max, got {self.key_metric_mode!r}.")
+        algorithm = self.algorithm()
+        if isinstance(algorithm, Workflow) and self.mechanisms:
+            raise CompositionError(
+                "mechanisms must come with an algorithm, whose every exchange is charged, got a workflow. "
+                "Leave them out, or describe the job in rounds."
+            )
+        if self.mechanisms:
+            (self.budget or PrivacyBudget()).make_accountant().require()
+        if isinstance(algorithm, Algorithm):
+            self._check_private(algorithm)
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
@@ -88,22 +130,30 @@ class Recipe(ABC):
         return Job(
             name=self.name,
             initial=self._initial,
-            algorithm=self.algorithm(),
+            algorithm=algorithm,
             aggregator=aggregator,
             program=SiteProgram(
                 client=self.client,
                 kwargs=self.client_kwargs,
                 chain=chain(*self.transforms, *halves),
-                fixed_weight=1.0 if private else None,
+                fixed_weight=1.0 if private or self.federation.weighting == "equal" else None,
                 share_metrics=not private,
+                callbacks=self.site_callbacks,
             ),
             federation=self.federation,
             server_chain=server_chain,
             mechanisms=self.mechanisms,
+            budget=self.budget,
             central=self.central,
             derive=self.derive,
-            evaluate_every=self.evaluate_every,
+            callbacks=self.callbacks,
+            selection=Selection(metric=self.key_metric, mode=self.key_metric_mode, received=self._scores_received()),
+            evaluate_every=every,
         )
+
+    def _scores_received(self) -> bool:
+        """Whether sites report, as they train, figures of the model that they were sent: training scripts do."""
+        return self.client is ScriptClient
 
     def execute(
         self,
@@ -135,8 +185,7 @@ class Recipe(ABC):
             env = default
         if resume and out is None:
             raise ConfigError("out must be the folder of the run to resume, got none.")
-        job = self.build()
-        return run_job(job, env.engine, out=Path(out) if out is not None else None, resume=resume, observers=observers)
+        return env.run(self, out=Path(out) if out is not None else None, resume=resume, observers=observers)
 
     def _initial(self) -> Parameters:
         given: Any = self.initial_parameters
@@ -146,22 +195,35 @@ class Recipe(ABC):
         return {str(name): _initial_array(name, value, copied=made is given) for name, value in made.items()}
 
     def _server_side(self) -> tuple[Aggregator, Chain]:
-        """Central mechanisms noise the *sum*, which is then divided by the planned cohort, whoever answered."""
+        """What noise was calibrated for is the *sum*, which is then divided by the planned cohort, whoever answered."""
+        if any(mechanism.on_sum for mechanism in self.mechanisms) and not isinstance(self.aggregator, WeightedMean):
+            name = type(self.aggregator).__name__
+            raise CompositionError(
+                f"aggregator must be WeightedMean under noise on the sum, got {name}: its sensitivity is not known. "
+                "Use the mean, or noise of each site's own (local)."
+            )
         central = [mechanism.noise() for mechanism in self.mechanisms if mechanism.placement == "central"]
         if not central:
             return self.aggregator, Chain()
-        if not isinstance(self.aggregator, WeightedMean):
-            name = type(self.aggregator).__name__
-            raise CompositionError(
-                f"aggregator must be WeightedMean under central noise, got {name}: its sensitivity is not known. "
-                "Use the mean, or noise on the sites."
-            )
-        planned = max(
-            self.federation.min_available_clients,
-            round(self.federation.fraction_fit * self.federation.num_clients),
-            1,
-        )
-        return Sum(), Chain([*reversed(central), Divide(planned)])
+        return Sum(), Chain([*reversed(central), Divide(self.federation.planned_cohort)])
+
+    def _check_private(self, algorithm: Algorithm) -> None:
+        """What the mechanisms' claim rests on beside themselves."""
+        federation = self.federation
+        check_together(self.mechanisms, federation)
+        for mechanism in self.mechanisms:
+            claimed = mechanism.event(federation.planned_sites, federation.num_clients).sampling_rate
+            if claimed < 1.0 and abs(claimed - algorithm.sampling_rate) > 1e-12:
+                raise CompositionError(
+                    f"a mechanism may claim a sampling rate only if sites are drawn by Poisson sampling at that rate, "
+                    f"got {claimed} claimed and {algorithm.sampling_rate} drawn. Set sampling=poisson, or claim 1.0."
+                )
+            if mechanism.rounds_apart > algorithm.rounds_apart:
+                raise CompositionError(
+                    f"a site's turns must be {mechanism.rounds_apart} rounds apart for "
+                    f"{type(mechanism).__name__}, got {algorithm.rounds_apart}. Set sampling=turns with a fraction_fit "
+                    f"of 1/{mechanism.rounds_apart} or less, or fewer bands."
+                )
 
 
 def _initial_array(name: object, value: Any, *, copied: bool) -> Array:
@@ -180,13 +242,83 @@ def _is_real(array: Array) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgRecipe(Recipe):
-    """Federated averaging (McMahan et al. 2017).
+    """Federated averaging (McMahan et al. 2017), of clients or of a training script.
+
+    Either ``client`` and ``initial_parameters`` are given, or ``train_script`` and ``model`` (or ``initial_ckpt``).
+
+    Example:
+        >>> FedAvgRecipe(name="digits", min_clients=2, num_rounds=5, model={"w": np.zeros(3)}, train_script="train.py")
+        ... # doctest: +ELLIPSIS
+        FedAvgRecipe(name='digits', ...)
 
     Attributes:
         server_learning_rate: Step of the server on the mean delta; 1 is the paper's.
+        train_script: A script that uses the Client API; every site runs it.
+        train_args: Its arguments, as one line or as a list.
+        model: Initial parameters of a script's job: a torch module (its ``state_dict`` is taken), the name of its
+            class as ``{"class_path": "pkg.mod.Class", "args": {...}}``, or a dict of arrays.
+        initial_ckpt: A safetensors or ``.pt`` file that holds the initial parameters.
+        min_clients: Sites that a round needs, and of the federation if it does not name more.
+        num_rounds: Rounds; by default the federation's.
+        launch_external_process: Whether the script runs as a process of its own.
+        command: What runs it then, such as ``torchrun --nproc_per_node=2``.
+        server_expected_format: Whether scripts are handed ``"numpy"`` arrays or ``"pytorch"`` tensors; by default
+            tensors if the model is a torch module.
+        params_transfer_type: What scripts send, as a hint; each model that they send says so itself.
     """
 
     server_learning_rate: float = 1.0
+    train_script: str | None = None
+    train_args: str | Sequence[str] = ()
+    model: Any = None
+    initial_ckpt: str | None = None
+    min_clients: int | None = None
+    num_rounds: int | None = None
+    launch_external_process: bool = False
+    command: str = "python3 -u"
+    server_expected_format: Literal["numpy", "pytorch"] | None = None
+    params_transfer_type: Literal["FULL", "DIFF"] = "FULL"
+
+    def __post_init__(self) -> None:
+        self._check_form()
+        if self.train_script is not None:  # no module stays in a recipe: it must be fit to travel as plain data
+            object.__setattr__(self, "model", ModelSource.of(self.model, self.initial_ckpt, self.federation.seed))
+
+    def resolved(self) -> Self:
+        """The same job with its size in the federation; one of a training script as one of script clients."""
+        federation = sized(self.federation, self.min_clients, self.num_rounds)
+        if self.train_script is None:
+            return replace(self, federation=federation, min_clients=None, num_rounds=None)
+        job = ScriptJob(
+            name=self.name,
+            path=self.train_script,
+            args=self.train_args,
+            model=self.model,
+            params_format=self.server_expected_format,
+            external=self.launch_external_process,
+            command=self.command,
+        )
+        every = "end" if self.evaluate_every is None else self.evaluate_every
+        bare: dict[str, Any] = {"train_script": None, "train_args": (), "model": None, "initial_ckpt": None}
+        bare |= {"min_clients": None, "num_rounds": None, "evaluate_every": every}
+        return replace(self, **bare, **job.fields(federation))
+
+    def _check_form(self) -> None:
+        ours = self.client is not None or self.initial_parameters is not None or bool(self.client_kwargs)
+        script = self.train_script is not None
+        if ours == script:
+            got = "both" if ours else "neither"
+            raise CompositionError(
+                f"a recipe must have either client and initial_parameters or train_script and model, got {got}."
+            )
+        if not script and (self.model is not None or self.initial_ckpt is not None or self.train_args):
+            raise CompositionError("model, initial_ckpt and train_args must come with a train_script, got none.")
+        for name, value, known in (
+            ("params_transfer_type", self.params_transfer_type, ("FULL", "DIFF")),
+            ("server_expected_format", self.server_expected_format, (None, "numpy", "pytorch")),
+        ):
+            if value not in known:
+                raise CompositionError(f"{name} must be one of {known}, got {value!r}.")
 
     def algorithm(self) -> Algorithm:
         """FedAvg over the federation's sampling."""
@@ -197,6 +329,8 @@ class FedAvgRecipe(Recipe):
             min_clients=self.federation.min_available_clients,
             server_learning_rate=self.server_learning_rate,
             seed=self.federation.seed,
+            poisson=self.federation.sampling == "poisson",
+            turns=self.federation.turns,
         )
 
 
@@ -209,3 +343,18 @@ class SumRecipe(Recipe):
     def algorithm(self) -> Algorithm:
         """SumFedAvg over all sites."""
         return SumFedAvg(seed=self.federation.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkflowRecipe(Recipe):
+    """A job whose order of tasks is its own.
+
+    Attributes:
+        workflow: What the server does.
+    """
+
+    workflow: Workflow
+
+    def algorithm(self) -> Workflow:
+        """The workflow."""
+        return self.workflow

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sfl.errors import ConfigError
@@ -30,11 +31,24 @@ Config: TypeAlias = Mapping[str, Scalar]
 ClientUpdate: TypeAlias = tuple[Parameters, int, Metrics]
 """What ``compute_update`` returns: the updated parameters, how many examples they saw, metrics."""
 
-Evaluation: TypeAlias = tuple[float, int, Metrics]
-"""What ``evaluate`` returns: the mean loss, over how many examples, metrics."""
+Evaluation: TypeAlias = tuple[float | None, int, Metrics]
+"""What ``evaluate`` returns: the mean loss (``None`` if it has none), over how many examples, metrics."""
 
 StateTree: TypeAlias = Any
 """A checkpointable value: ``None``, bool, int, float, str, ndarray, or a dict / list / tuple of those."""
+
+Backend: TypeAlias = Literal[
+    "sim", "flower", "flower-deploy", "nvflare", "nvflare-poc", "nvflare-prod", "flower-in-nvflare"
+]
+BACKENDS: tuple[str, ...] = (
+    "sim",
+    "flower",
+    "flower-deploy",
+    "nvflare",
+    "nvflare-poc",
+    "nvflare-prod",
+    "flower-in-nvflare",
+)
 
 LogFormat: TypeAlias = Literal["rich", "simple", "json"]
 
@@ -52,23 +66,39 @@ class FederationConfig:
         num_clients: Number of sites in the federation.
         num_rounds: Number of federated rounds.
         fraction_fit: Share of the sites that is sampled to train in a round, in (0, 1].
+        sampling: fixed (a round has as many sites as planned), poisson (each site is drawn by itself, in secret, as
+            amplification by sampling assumes) or turns (each takes part once in 1/fraction_fit rounds, in order).
         min_available_clients: A round with fewer usable updates than this fails.
+        weighting: examples (a site counts by the number of its examples) or equal; by default examples, and equal under
+            a mechanism of differential privacy, which does not allow the other.
         partition: How a simulation shares one data set among the sites: iid, dirichlet:ALPHA, key:FIELD or files.
         seed: Seed of everything reproducible: sampling, partition, masking, data order. Never of noise or keys.
         workers: Processes that train sites side by side; 0 means one per core. The result has the same bits.
         threads: CPU threads that each worker computes with. The last bits of a result depend on it.
         round_timeout: Seconds after which a site that has not answered is late and left out; 0 means no limit.
+        backend: What carries the job: sim (this process), flower, nvflare or flower-in-nvflare (simulators),
+            flower-deploy or nvflare-poc (server and sites as processes of this machine, over TLS), nvflare-prod (a
+            provisioned federation). Same bits in all.
+        startup_kit: Folder of an admin's kit, for the backend nvflare-prod.
+        superlink: Control API of a Flower SuperLink that runs already, as host:port, for the backend flower-deploy.
+        root_certificates: File of certificates that the superlink is checked with; by default those of the system.
     """
 
     num_clients: int = 2
     num_rounds: int = 3
     fraction_fit: float = 1.0
+    sampling: Literal["fixed", "poisson", "turns"] = "fixed"
     min_available_clients: int = 1
+    weighting: Literal["examples", "equal"] | None = None
     partition: str = "iid"
     seed: int = 0
     workers: int = 1
     threads: int = 1
     round_timeout: float = 0.0
+    backend: Backend = "sim"
+    startup_kit: str | None = None
+    superlink: str | None = None
+    root_certificates: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.num_clients >= 1, "num_clients", "at least 1", self.num_clients)
@@ -80,10 +110,40 @@ class FederationConfig:
             f"between 1 and num_clients={self.num_clients}",
             self.min_available_clients,
         )
+        _require(self.weighting in (None, "examples", "equal"), "weighting", "examples or equal", self.weighting)
+        known = ("fixed", "poisson", "turns")
+        _require(self.sampling in known, "sampling", "fixed, poisson or turns", self.sampling)
+        if self.sampling == "turns":
+            most = self.num_clients // self.turns
+            _require(most >= 1, "fraction_fit", "at least 1 / num_clients with turns", self.fraction_fit)
+            rule = f"at most the {most} sites of a turn"
+            _require(self.min_available_clients <= most, "min_available_clients", rule, self.min_available_clients)
         _require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
         _require(self.workers >= 0, "workers", "0 (one per core) or more", self.workers)
         _require(1 <= self.threads <= 1024, "threads", "between 1 and 1024", self.threads)
         _require(0.0 <= self.round_timeout <= 1e6, "round_timeout", "0 (no limit) or up to 1e6 s", self.round_timeout)
+        _require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
+
+    @property
+    def turns(self) -> int:
+        """Rounds in which each site takes part once, where sites take turns; otherwise 1."""
+        return max(1, round(1.0 / self.fraction_fit)) if self.sampling == "turns" else 1
+
+    @property
+    def planned_cohort(self) -> float:
+        """Sites that a round is planned with: how many, or how many on average (at least 1) under Poisson sampling and
+        with turns.
+        """
+        if self.sampling == "turns":
+            return self.num_clients / self.turns
+        if self.sampling == "poisson":
+            return max(1.0, self.fraction_fit * self.num_clients)
+        return float(max(self.min_available_clients, round(self.fraction_fit * self.num_clients), 1))
+
+    @property
+    def planned_sites(self) -> int:
+        """The same as a number of sites."""
+        return min(round(self.planned_cohort), self.num_clients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +201,57 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _require(self.format in ("rich", "simple", "json"), "logging.format", "rich, simple or json", self.format)
+
+
+class ParamsType(StrEnum):
+    """Whether the parameters of an ``FLModel`` are the model's, or what is added to those received."""
+
+    FULL = "FULL"
+    DIFF = "DIFF"
+
+
+@dataclass(eq=False)
+class FLModel:
+    """What travels between a site and its training script.
+
+    Attributes:
+        params_type: FULL or DIFF; by default FULL where there are parameters, else ``None``.
+        params: Named arrays or tensors, or ``None``.
+        optimizer_params: Taken and not sent: an optimizer's state stays on its site.
+        metrics: Named numbers, ``"loss"`` among them if there is one.
+        start_round: The first round, 0.
+        current_round: The round, from 0.
+        total_rounds: How many rounds there are.
+        meta: More about the model; ``"NUM_STEPS_CURRENT_ROUND"`` is the weight of an update.
+
+    Raises:
+        ConfigError: If ``params_type`` is given without parameters, or a field has another type than it must.
+    """
+
+    params_type: ParamsType | str | None = None
+    params: Any = None
+    optimizer_params: Any = None
+    metrics: dict[str, Any] | None = None
+    start_round: int | None = 0
+    current_round: int | None = None
+    total_rounds: int | None = None
+    meta: dict[str, Any] | None = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if self.params_type is not None:
+            _require(self.params_type in ("FULL", "DIFF"), "params_type", "FULL or DIFF", self.params_type)
+            _require(self.params is not None, "params", "given with a params_type", None)
+            self.params_type = ParamsType(self.params_type)
+        elif self.params is not None:
+            self.params_type = ParamsType.FULL
+        for name in ("metrics", "meta"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, dict), name, "a dict", value)
+        self.meta = {} if self.meta is None else self.meta
+
+    def __repr__(self) -> str:
+        size = 0 if self.params is None else len(self.params)
+        return f"FLModel({self.params_type}, {size} arrays, metrics={self.metrics}, current_round={self.current_round})"
 
 
 def site_names(count: int) -> tuple[str, ...]:

@@ -74,9 +74,37 @@ def _app() -> App:
     run.command("sfl.cli.commands:sum_demo", name="sum", help="Add up one number per site: the smallest federated job.")
     config = App(name="config", help="Look at the configuration.")
     config.command("sfl.cli.commands:show", help="Show every option, its value, and where the value comes from.")
-    app.command(run)
-    app.command(config)
+    app.command("sfl.cli.provision:provision", help="Write the kits of a federation: certificates, scripts, policies.")
+    submit = App(name="submit", help="Submit a job to a provisioned federation, and do not wait for it.")
+    submit.command("sfl.cli.submit:esm2", help="Train ESM2, a protein language model, on several sites.")
+    submit.command("sfl.cli.submit:sum_demo", name="sum", help="Add up one number per site.")
+    app.command("sfl.cli.export:export", help="Write a job as a FLARE job folder, for plain FLARE tools.")
+    app.command("sfl.cli.jobs:status", help="Show a federation's server, sites and jobs.")
+    app.command("sfl.cli.jobs:abort", help="End a job of a federation.")
+    app.command("sfl.cli.jobs:download", help="Bring home what a submitted job has made.")
+    privacy = App(name="privacy", help="Look at differential privacy.")
+    privacy.command(
+        "sfl.cli.privacy:plan", help="What noise a budget needs, or what noise costs, before anything runs."
+    )
+    for tree in (run, submit, config, privacy, _poc()):
+        app.command(tree)
     return app
+
+
+def _poc() -> App:
+    from cyclopts import App
+
+    poc = App(name="poc", help="A federation on this machine to rehearse with, until it is stopped.")
+    poc.command("sfl.cli.poc:prepare", help="Provision its server, sites and admin.")
+    poc.command("sfl.cli.poc:start", help="Start server and sites, and wait until they are connected.")
+    poc.command("sfl.cli.poc:status", help="Show which of them run, and their jobs.")
+    poc.command("sfl.cli.poc:stop", help="End them, with all that they have started.")
+    poc.command("sfl.cli.poc:clean", help="Remove its folder.")
+    submit = App(name="submit", help="Submit a job to it, and do not wait for it.")
+    submit.command("sfl.cli.poc:esm2", help="Train ESM2, a protein language model, on several sites.")
+    submit.command("sfl.cli.poc:sum_", name="sum", help="Add up one number per site.")
+    poc.command(submit)
+    return poc
 
 
 def _say_error(message: str, code: int) -> int:

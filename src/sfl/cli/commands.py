@@ -21,8 +21,8 @@ ConfigFile = Annotated[
     Path | None,
     Parameter(
         name="--config",
-        help="YAML file with sections federation, client and logging. Without it, config/default.yaml and then "
-        "config/<job>.yaml are read where they exist in the current folder. Environment variables SFL_<OPTION> "
+        help="YAML file with sections federation, client, privacy and logging. Without it, config/default.yaml and "
+        "then config/<job>.yaml are read where they exist in the current folder. Environment variables SFL_<OPTION> "
         "win over files, and flags win over both.",
     ),
 ]
@@ -38,18 +38,27 @@ RunFolder = Annotated[
 
 def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
     """Train ESM2, a protein language model, on several sites."""
-    resolved = _resolve_esm2(config, resume, overrides)
-    from sfl.env import SimEnv
+    resolved = resolve_esm2(config, resume, overrides)
+    from sfl.env import environment
     from sfl.esm2.main import run_esm2
 
+    options = resolved.config
     try:
-        return run_esm2(resolved, SimEnv(device=resolved.config.client.device), resume=resume)
+        federation = options.federation
+        env = environment(
+            federation.backend,
+            device=options.client.device,
+            startup_kit=federation.startup_kit,
+            superlink=federation.superlink,
+            root_certificates=federation.root_certificates,
+        )
+        return run_esm2(resolved, env, resume=resume)
     except (SflError, OSError):
-        if resolved.config.logging.verbose:
+        if options.logging.verbose:
             sys.stderr.write(traceback.format_exc())
         raise
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(*(interrupt.args or _resumable(resume, resolved.config.logging.out))) from None
+        raise KeyboardInterrupt(*(interrupt.args or _resumable(resume, options.logging.out))) from None
 
 
 def sum_demo(*, num_clients: int = 2, num_rounds: int = 3, base_secret: float = 7.0) -> int:
@@ -69,7 +78,7 @@ def sum_demo(*, num_clients: int = 2, num_rounds: int = 3, base_secret: float = 
 def _show(job: Job = "esm2", *, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
     """Show every option, its value, and where the value comes from."""
     del job
-    _write_table(_resolve_esm2(config, resume, overrides))
+    _write_table(resolve_esm2(config, resume, overrides))
     return 0
 
 
@@ -77,7 +86,17 @@ esm2 = with_options(ESM2RunConfig, _esm2)
 show = with_options(ESM2RunConfig, _show)
 
 
-def _resolve_esm2(config: Path | None, run: Path | None, overrides: Mapping[str, object]) -> Resolved[ESM2RunConfig]:
+def resolve_esm2(config: Path | None, run: Path | None, overrides: Mapping[str, object]) -> Resolved[ESM2RunConfig]:
+    """The options of a run of ESM2: of a new one, or of the one that it goes on with.
+
+    Args:
+        config: A YAML file to read instead of those of the current folder.
+        run: The folder of the run to go on with.
+        overrides: The flags that were given.
+
+    Raises:
+        ConfigError: If an option is wrong, or may not change.
+    """
     if run is None:
         files = [config] if config else [file for file in _default_files("esm2") if file.is_file()]
         return resolve(ESM2RunConfig, yaml_files=files, environ=os.environ, overrides=overrides)
@@ -92,6 +111,11 @@ def _resolve_esm2(config: Path | None, run: Path | None, overrides: Mapping[str,
     if not file.is_file():
         raise ConfigError(f"--resume must name the folder of a run, with its config.yaml, got {str(run)!r}.")
     return resolve(ESM2RunConfig, yaml_files=[file], environ={}, overrides=overrides)
+
+
+def warn(text: str) -> None:
+    """Say something beside a command's output."""
+    sys.stderr.write(f"{text}\n")
 
 
 def _resumable(*folders: Path | str | None) -> list[str]:

@@ -41,10 +41,19 @@ def with_options(config: type, body: Callable[..., R]) -> Callable[..., R]:
     return command
 
 
+class _ReadLater:
+    """Tells pydantic, which cyclopts validates with where something has loaded it, to let a flag pass as typed."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> object:
+        from pydantic_core import core_schema
+
+        return core_schema.any_schema()
+
+
 def _flag(option: Option, group: Group) -> inspect.Parameter:
     names = [option.flag, SHORT[option.name]] if option.name in SHORT else [option.flag]
     parameter = Parameter(name=names, help=option.help, group=group, converter=_as_typed)
-    annotation = Annotated[option.annotation, parameter]
+    annotation = Annotated[option.annotation, parameter, _ReadLater()]
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(option.name, kind, default=_shown(option.default), annotation=annotation)
 

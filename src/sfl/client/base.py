@@ -64,4 +64,22 @@ class BaseFederatedClient(ABC):
 
     @abstractmethod
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
-        """Evaluate the parameters on local held-out data: mean loss, over how many examples, metrics."""
+        """Evaluate the parameters on local held-out data: mean loss, over how many examples, metrics.
+
+        A client that has no loss returns ``None`` in its place.
+        """
+
+    def run_task(self, name: str, parameters: Parameters, config: Config) -> ClientUpdate:
+        """Do a task of a workflow's own, which is neither training nor evaluation.
+
+        Returns:
+            Named arrays of any shape, the positive number of examples behind them, and metrics. They leave as they
+            are: a job with protections refuses such tasks.
+
+        Raises:
+            NotImplementedError: Unless a subclass knows the task.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.run_task must be defined to do {name!r}.")
+
+    def close(self) -> None:  # noqa: B027 - most clients hold nothing that outlives them
+        """Let go of what outlives this object, such as a process. Called when the site is done; safe to call twice."""

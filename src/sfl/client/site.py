@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from sfl.client.base import BaseFederatedClient
+from sfl.client.callbacks import SiteCallback
 from sfl.core import arrays, check, rng
-from sfl.core.task import EVALUATE, FIT, Reply, Status, Task, Update
-from sfl.core.transform import Chain
-from sfl.errors import EngineError, UpdateError
+from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
+from sfl.core.transform import Chain, flat
+from sfl.errors import UpdateError
 from sfl.io.site_store import SiteStore
 from sfl.types import Config, Metrics, Parameters, StateTree
 
@@ -32,6 +34,7 @@ class SiteProgram:
         fixed_weight: The weight of every update; ``None`` weighs by the number of examples.
         share_metrics: Whether the site's own figures may leave beside the update. Where they may not, sites are not
             asked to evaluate either: the figures of an evaluation are no better protected.
+        callbacks: Called around each task.
     """
 
     client: Callable[..., BaseFederatedClient]
@@ -39,6 +42,7 @@ class SiteProgram:
     chain: Chain = field(default_factory=Chain)
     fixed_weight: float | None = None
     share_metrics: bool = True
+    callbacks: tuple[SiteCallback, ...] = ()
 
 
 class Site:
@@ -50,47 +54,86 @@ class Site:
         client_id: Its index, from 0.
         device: Where its client computes.
         folder: Where it keeps its state; ``None`` keeps it in memory only.
+        moves: Whether another process may have done the site's last task: then its state is read before each.
     """
 
     def __init__(
-        self, program: SiteProgram, name: str, client_id: int, *, device: str = "cpu", folder: Path | None = None
+        self,
+        program: SiteProgram,
+        name: str,
+        client_id: int,
+        *,
+        device: str = "cpu",
+        folder: Path | None = None,
+        moves: bool = False,
     ) -> None:
         self.name = name
         self._program = program
         self._client_id = client_id
         self._device = device
         self._store = SiteStore(folder) if folder is not None else None
+        self._moves = moves
+        self._life = secrets.token_hex(8)
         self._client: BaseFederatedClient | None = None
         self._chain_state: Any = None
         self._remembers = False
 
-    def run(self, task: Task) -> Reply:
-        """Do the task. Never raises: whatever goes wrong becomes the reply, and no raw update leaves."""
+    @property
+    def shares(self) -> bool:
+        """Whether the site's own figures and words may leave."""
+        return self._program.share_metrics
+
+    def run(self, task: Task, life: str = "") -> Reply:
+        """Do the task. Never raises: whatever goes wrong becomes the reply, and no raw update leaves.
+
+        Args:
+            task: What to do.
+            life: Which life of the server sent it; by default this object's own.
+        """
+        self._life = life or self._life
         started = time.perf_counter()
         try:
-            update = self._dispatch(task)
-        except UpdateError as error:
-            self._forget()
-            if not self._program.share_metrics:
-                return self._withheld(Status.REJECTED, error)
-            return Reply(self.name, Status.REJECTED, reason=str(error), seconds=time.perf_counter() - started)
+            for callback in self._program.callbacks:
+                callback.on_task_started(self.name, task)
+            reply = self._done(self._dispatch(task), started)
+            for callback in self._program.callbacks:
+                callback.on_task_finished(self.name, task, reply)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a client's code raises becomes its reply
             self._forget()
-            if not self._program.share_metrics:
-                return self._withheld(Status.FAILED, error)
-            reason = f"{self.name}: {type(error).__name__}: {error}"
-            seconds = time.perf_counter() - started
-            return Reply(self.name, Status.FAILED, reason=reason, seconds=seconds, details=traceback.format_exc())
+            return self._failed(task, error, started)
+        return reply
+
+    def _done(self, update: Update, started: float) -> Reply:
         unchanged = not self._program.chain.transforms  # a transform may make what the check has not seen
         seconds = time.perf_counter() - started if self._program.share_metrics else 0.0  # tells the size of the data
         return Reply(self.name, Status.USED, update, seconds=seconds, known_finite=unchanged)
 
-    def _withheld(self, status: Status, error: BaseException) -> Reply:
+    def _failed(self, task: Task, error: BaseException, started: float) -> Reply:
+        details = traceback.format_exc()
+        for callback in self._program.callbacks:
+            try:
+                callback.on_task_failed(self.name, task, error)
+            except Exception as second:  # noqa: BLE001 - the task's own error is the one that counts; both are said
+                details += f"\nand in {type(callback).__name__}.on_task_failed: {type(second).__name__}: {second}"
+        is_rejected = isinstance(error, UpdateError)
+        status = Status.REJECTED if is_rejected else Status.FAILED
+        if not self._program.share_metrics:
+            return self._withheld()
+        seconds = time.perf_counter() - started
+        if is_rejected:
+            return Reply(self.name, status, reason=str(error), seconds=seconds)
+        reason = f"{self.name}: {type(error).__name__}: {error}"
+        return Reply(self.name, status, reason=reason, seconds=seconds, details=details)
+
+    def _withheld(self) -> Reply:
         """Under a mechanism an error's own words, which may quote data, stay on the site; so does the time it took."""
-        reason = f"{self.name}: {type(error).__name__}; its words are withheld, as this job is private"
-        return Reply(self.name, status, reason=reason)
+        reason = f"{self.name}: it failed; why is withheld, as this job is private"
+        return Reply(self.name, Status.FAILED, reason=reason)
 
     def _dispatch(self, task: Task) -> Update:
+        if task.name == END:
+            self.close()
+            return Update(self.name, {}, 1.0)
         if task.name == EVALUATE and not self._program.share_metrics:
             raise UpdateError(f"{self.name}: a private job must not ask for a site's exact figures, got an evaluation.")
         client = self._ready(task)
@@ -98,26 +141,55 @@ class Site:
             return self._fit(client, task)
         if task.name == EVALUATE:
             return self._evaluate(client, task)
-        raise EngineError(f"a task must be {FIT!r} or {EVALUATE!r}, got {task.name!r}.")
+        return self._other(client, task)
+
+    def _other(self, client: BaseFederatedClient, task: Task) -> Update:
+        """A task of a workflow's own. Its answer is no update, so no protection fits it."""
+        if self._program.chain.transforms or self._program.fixed_weight is not None:
+            raise UpdateError(f"{self.name}: a protected job must only train and evaluate, got the task {task.name!r}.")
+        returned = cast("object", client.run_task(task.name, dict(task.parameters), _config(task)))
+        if not (isinstance(returned, tuple) and len(returned) == 3):
+            raise UpdateError(
+                f"{self.name}: run_task must return (arrays, num_examples, metrics), got {type(returned).__name__}."
+            )
+        answer, count, metrics = cast("tuple[object, object, object]", returned)
+        weight = float(check.check_count(self.name, count))
+        update = Update(self.name, _without_scalars(answer), weight, check.check_metrics(self.name, metrics))
+        check.check_arrays(update)
+        self._remember(client, task.round)
+        return update
 
     def _ready(self, task: Task) -> BaseFederatedClient:
         if self._client is None:
             client = self._program.client(client_id=self._client_id, device=self._device, **self._program.kwargs)
             client.site = self.name
             self._chain_state = self._program.chain.init(task.parameters)
-            # An evaluation follows its round's training, so it sees that round's state.
-            before = task.round + (task.name == EVALUATE)
-            kept = self._store.load(before) if self._store is not None else None
-            if kept is not None:
-                client.state, self._chain_state = kept["client"], kept["chain"]
-                self._remembers = True
+            self._recall(client, task)
             self._client = client
+        elif self._moves:
+            self._recall(self._client, task)
         return self._client
+
+    def _recall(self, client: BaseFederatedClient, task: Task) -> None:
+        """What the site knew before this task. An evaluation follows its round's training, so it sees that state."""
+        before = task.round + (task.name == EVALUATE)
+        kept = self._store.load(before, self._life) if self._store is not None else None
+        if kept is not None:
+            client.state, self._chain_state = kept["client"], kept["chain"]
+            self._remembers = True
 
     def _forget(self) -> None:
         """A failed task may have left the client half changed: make it anew from what is on disk, if it is."""
         if self._store is not None:
-            self._client = None
+            self.close()
+
+    def close(self) -> None:
+        """Let the client go, with what it holds outside itself. A later task makes it anew."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+            for callback in self._program.callbacks:
+                callback.on_site_closed(self.name)
 
     def _fit(self, client: BaseFederatedClient, task: Task) -> Update:
         returned = cast("object", client.compute_update(dict(task.parameters), _config(task)))
@@ -138,8 +210,12 @@ class Site:
         update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
         if self._program.chain.transforms:
             generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
-            update, self._chain_state = self._program.chain.apply(update, self._chain_state, generator)
+            chain = self._program.chain.told(task.config)
+            update, self._chain_state = chain.apply(update, self._chain_state, generator)
+            _require_noise_on_all(chain, update, task.parameters)
         self._remember(client, task.round)
+        if not self._program.share_metrics:  # nor may a transform put back what must not leave
+            update = replace(update, weight=weight, metrics={})
         return update
 
     def _evaluate(self, client: BaseFederatedClient, task: Task) -> Update:
@@ -149,10 +225,13 @@ class Site:
                 f"{self.name}: evaluate must return (loss, num_examples, metrics), got {type(returned).__name__}."
             )
         loss, count, metrics = cast("tuple[object, object, object]", returned)
-        if not isinstance(loss, int | float | np.number) or not math.isfinite(float(loss)):
-            raise UpdateError(f"{self.name}: the loss of evaluate must be a finite number, got {loss!r}.")
+        known: Metrics = {}
+        if loss is not None:
+            if not isinstance(loss, int | float | np.number) or not math.isfinite(float(loss)):
+                raise UpdateError(f"{self.name}: the loss of evaluate must be a finite number, got {loss!r}.")
+            known["loss"] = float(loss)
         weight = float(check.check_count(self.name, count))
-        clean: Metrics = {"loss": float(loss), **check.check_metrics(self.name, metrics)}
+        clean: Metrics = {**known, **check.check_metrics(self.name, metrics)}
         return Update(self.name, {}, weight, clean)
 
     def _weight(self, count: int) -> float:
@@ -161,7 +240,7 @@ class Site:
     def _remember(self, client: BaseFederatedClient, round: int) -> None:
         self._remembers = self._remembers or bool(client.state) or _holds_something(self._chain_state)
         if self._store is not None and self._remembers:
-            self._store.save(round, {"client": client.state, "chain": self._chain_state})
+            self._store.save(round, {"client": client.state, "chain": self._chain_state}, self._life)
 
 
 def _config(task: Task) -> Config:
@@ -173,6 +252,22 @@ def _without_scalars(returned: object) -> Parameters:
     if not isinstance(returned, Mapping):
         return cast("Parameters", returned)  # refused by the check that follows
     return {name: np.asarray(value) if isinstance(value, np.generic) else value for name, value in returned.items()}
+
+
+def _require_noise_on_all(chain: Chain, update: Update, parameters: Parameters) -> None:
+    """Under noise of its own a site sends all that it may send: which arrays it left out would tell of its data.
+
+    Raises:
+        UpdateError: If it does not.
+    """
+    if not any(transform.adds_noise for transform in flat(chain.transforms)):
+        return
+    missing = sorted(set(chain.sends(dict(parameters))) - set(update.delta))
+    if missing:
+        raise UpdateError(
+            f"{update.site}: noise must be on every array, not on selected ones alone, got none on {missing[0]!r}. "
+            "Say in the transform's `sends` what it leaves out for every site alike."
+        )
 
 
 def _holds_something(state: StateTree) -> bool:

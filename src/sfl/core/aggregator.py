@@ -92,7 +92,7 @@ def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
 
 def _accumulate(total: Parameters, update: Update, weight: float) -> None:
     first = {name: value for name, value in update.delta.items() if name not in total}
-    total |= arrays.empty({name: (value.shape, _sum_dtype(value)) for name, value in first.items()})
+    total |= arrays.empty({name: (value.shape, sum_dtype(value)) for name, value in first.items()})
     for name, value in update.delta.items():
         if name in first:
             np.multiply(value, weight, out=total[name], dtype=total[name].dtype)
@@ -100,7 +100,8 @@ def _accumulate(total: Parameters, update: Update, weight: float) -> None:
             arrays.add_scaled(total[name], value, weight)
 
 
-def _sum_dtype(value: Array) -> np.dtype[Any]:
+def sum_dtype(value: Array) -> np.dtype[Any]:
+    """The dtype in which arrays like this are added up: float32 or float64, whatever they are."""
     return value.dtype if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else np.dtype(np.float64)
 
 

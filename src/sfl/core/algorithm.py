@@ -19,12 +19,18 @@ class ServerState:
         parameters: The global parameters.
         algorithm: State of the algorithm and its server optimizer (moments, controls, a relay's position …).
         mechanisms: State of the server halves of the mechanisms, in order.
+        callbacks: What the callbacks remember, in order.
+        best: The best model so far: ``round``, ``metric`` and ``value``; ``None`` while none is known.
+        stopped: Why the run ended before its last planned round; empty if it did not.
     """
 
     round: int
     parameters: Parameters
     algorithm: StateTree = None
     mechanisms: list[StateTree] = field(default_factory=list[StateTree])
+    callbacks: list[StateTree] = field(default_factory=list[StateTree])
+    best: StateTree = None
+    stopped: str = ""
 
 
 class Algorithm(ABC):
@@ -34,9 +40,27 @@ class Algorithm(ABC):
     methods are pure: what must be remembered is in the state.
     """
 
+    @property
+    def sampling_rate(self) -> float:
+        """Probability with which each site takes part by itself, in secret; 1 unless ``plan`` draws like that."""
+        return 1.0
+
+    @property
+    def rounds_apart(self) -> int:
+        """A site takes part at most once in so many rounds; 1 unless ``plan`` goes by turns."""
+        return 1
+
+    def group(self, round: int) -> str:  # noqa: ARG002
+        """Whose turn a round is, where sites take turns; empty where it may be anybody's."""
+        return ""
+
     @abstractmethod
     def init(self, parameters: Parameters) -> ServerState:
         """The state before the first round."""
+
+    def joined(self, state: ServerState, clients: Sequence[str]) -> ServerState:  # noqa: ARG002
+        """The state at the start of a run, or of its continuation, with these sites."""
+        return state
 
     @abstractmethod
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:

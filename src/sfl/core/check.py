@@ -116,3 +116,19 @@ def check_update(update: Update, expected: Mapping[str, Array], *, known_finite:
     check_structure(update.site, update.delta, expected, partial=True)
     if not known_finite:
         check_finite(update.site, update.delta)
+
+
+def check_arrays(update: Update) -> None:
+    """The server's look at the answer to a task of a workflow's own: named arrays of finite real numbers.
+
+    Raises:
+        UpdateError: Naming the site and what broke the contract.
+    """
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        raise UpdateError(f"{update.site}: weight must be positive and finite, got {update.weight}.")
+    if not isinstance(update.delta, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UpdateError(f"{update.site}: arrays must be a dict of named arrays, got {type(update.delta).__name__}.")
+    for name, value in update.delta.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UpdateError(f"{update.site}: {name!r} must be an array of real numbers, got {value!r:.60}.")
+    check_finite(update.site, update.delta)

@@ -34,6 +34,14 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStarted:
+    """A round is planned: the sites of ``cohort`` will train."""
+
+    round: int
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageStarted:
     """A task goes out: ``stage`` is the task's name (``"fit"``, ``"evaluate"``) to the sites of ``cohort``."""
 
@@ -69,6 +77,39 @@ class SiteFinished:
     nbytes: int = 0
     num_examples: float = 0.0
     metrics: Metrics = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteLogged:
+    """What a site's own code logged during a task, at INFO and above."""
+
+    round: int
+    site: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregationStarted:
+    """The aggregator is given its first update. One that streams takes the others as they arrive."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregationFinished:
+    """The aggregate of ``num_updates`` updates has become the new global model."""
+
+    round: int
+    num_updates: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestModelSelected:
+    """The global model after ``round`` (0 is the initial one) is the best so far by ``metric``, whose value it has."""
+
+    round: int
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,5 +154,27 @@ class RunFinished:
     reason: str = ""
 
 
-Event: TypeAlias = RunStarted | StageStarted | SiteFinished | RoundFinished | Notice | RunFinished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailed:
+    """The run ends with an error, after ``rounds`` whole rounds. ``error`` is its type, ``message`` its words."""
+
+    rounds: int
+    error: str
+    message: str
+
+
+Event: TypeAlias = (
+    RunStarted
+    | RoundStarted
+    | StageStarted
+    | SiteLogged
+    | SiteFinished
+    | AggregationStarted
+    | AggregationFinished
+    | BestModelSelected
+    | RoundFinished
+    | Notice
+    | RunFinished
+    | RunFailed
+)
 Observer: TypeAlias = Callable[[Event], None]

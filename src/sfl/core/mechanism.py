@@ -10,6 +10,7 @@ from sfl.core.transform import Transform
 
 Unit = Literal["site", "example"]
 Adjacency = Literal["add_remove", "replace_one"]
+Placement = Literal["local", "central"]
 Adversary = Literal["server_trusted", "server_curious"]
 
 
@@ -17,15 +18,22 @@ Adversary = Literal["server_trusted", "server_curious"]
 class DpEvent:
     """What one exchange costs, with everything its ε depends on. Written to the ledger before the exchange.
 
+    Either it is Gaussian noise and says its ``noise_multiplier``, or it is a mechanism that is (ε, δ)-private by itself
+    and says ``epsilon``. One that says neither has no guarantee.
+
     Attributes:
-        mechanism: Its name, e.g. ``"gaussian"``.
-        noise_multiplier: σ over sensitivity.
+        mechanism: Its name for people, e.g. ``"gaussian"``.
+        noise_multiplier: σ of Gaussian noise over sensitivity; 0 if it is none.
         sampling_rate: Probability that one unit takes part; 1.0 claims no amplification.
         unit: Whose presence is hidden.
         adjacency: Which neighbours are indistinguishable.
         adversary: Whom the guarantee holds against.
         sampling: The assumption under which ``sampling_rate`` is true, in words.
         count: How often the event happens in this exchange.
+        epsilon: ε of one event that is no Gaussian noise, under its own ``adjacency``; 0 if it is Gaussian noise.
+        delta: δ of such an event.
+        group: The only units that it concerns, by a name; empty if it concerns all. What happens to other groups costs
+            a unit nothing (parallel composition), so the guarantee is that of the group that is worst off.
     """
 
     mechanism: str
@@ -36,19 +44,38 @@ class DpEvent:
     adversary: Adversary
     sampling: str
     count: int = 1
+    epsilon: float = 0.0
+    delta: float = 0.0
+    group: str = ""
 
 
 class Mechanism(ABC):
     """A private mechanism. Local or central is where its halves are placed, never a second implementation.
 
-    On a site the clip half is always part of the chain. A *local* mechanism's noise half follows it there; a *central*
-    one's runs on the server, on the aggregate, before the server optimizer.
+    On a site the clip half is always part of the chain. A *local* mechanism's noise half follows it there, and protects
+    the site's own release; a *central* one's runs on the server, on the sum, before the server optimizer. Sums are
+    divided by the planned cohort.
     """
 
     @property
     @abstractmethod
-    def placement(self) -> Literal["local", "central"]:
+    def placement(self) -> Placement:
         """Where the noise half runs."""
+
+    @property
+    def on_sum(self) -> bool:
+        """Whether it protects what is seen of the sum alone, so that nothing else may be made of the updates."""
+        return self.placement == "central"
+
+    @property
+    def rounds_apart(self) -> int:
+        """How many rounds must lie between two of a site's turns for ``event`` to be true, the later one counted."""
+        return 1
+
+    @property
+    def least_sites(self) -> int:
+        """Updates without which a round must fail for ``event`` to be true; 0 if it does not matter."""
+        return 0
 
     @abstractmethod
     def clip(self) -> Transform:

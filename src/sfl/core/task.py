@@ -10,6 +10,9 @@ from sfl.types import Config, Metrics, Parameters
 
 FIT = "fit"
 EVALUATE = "evaluate"
+END = "end"
+"""The last task of a run: nothing to compute, let go of what outlives the client."""
+
 SERVER = "server"
 """The name under which an aggregate travels through the server halves of the mechanisms."""
 
@@ -71,6 +74,8 @@ class Reply:
         reason: Why it was not used, for people.
         seconds: Time the site spent on the task.
         details: A traceback, where there is one.
+        logs: Lines that the site's own code logged meanwhile, at INFO and above; none from a private job.
+        ticket: The number of the send that it answers; the engine sets it.
         known_finite: Whether the engine itself ran the check for NaN and inf on these very arrays, in a process of
             its own, so that the server need not read them once more. Never taken from a wire.
     """
@@ -81,6 +86,8 @@ class Reply:
     reason: str = ""
     seconds: float = 0.0
     details: str = ""
+    logs: tuple[str, ...] = ()
+    ticket: int = 0
     known_finite: bool = False
 
     @property

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import ClassVar, final
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, final
 
 import numpy as np
 
 from sfl.core.task import Update
 from sfl.errors import CompositionError, ConfigError
-from sfl.types import Parameters, StateTree
+from sfl.types import Config, Parameters, StateTree
 
 
 class Transform(ABC):
@@ -38,37 +38,24 @@ class Transform(ABC):
     def apply(self, update: Update, state: StateTree, rng: np.random.Generator) -> tuple[Update, StateTree]:
         """The transformed update, and the state for the next round. ``rng`` is public and reproducible."""
 
+    def sends(self, parameters: Parameters) -> Parameters:
+        """What an update may hold after it, as arrays of the right shapes, given what it may hold before.
 
-@final
-class Chain(Transform):
-    """Transforms one after the other; its state is the list of theirs. The empty chain is the identity."""
+        It follows from the configuration alone, never from data: noise is added to all of it, whoever sent what.
+        """
+        return parameters
 
-    def __init__(self, transforms: Sequence[Transform] = ()) -> None:
-        self.transforms = tuple(transforms)
+    def tells(self, state: StateTree) -> Config:  # noqa: ARG002
+        """Scalars that a server's half sends to its sites' halves, with the next task."""
+        return {}
 
-    def init(self, parameters: Parameters) -> StateTree:
-        """One state for each transform."""
-        return [transform.init(parameters) for transform in self.transforms]
-
-    def apply(self, update: Update, state: StateTree, rng: np.random.Generator) -> tuple[Update, StateTree]:
-        """Each in turn."""
-        states: list[StateTree] = []
-        for transform, before in zip(self.transforms, state, strict=True):
-            update, after = transform.apply(update, before, rng)
-            states.append(after)
-        return update, states
+    def told(self, config: Config) -> Self:  # noqa: ARG002
+        """The same transform for one task, which came with these scalars."""
+        return self
 
 
-@final
-class Divide(Transform):
-    """Divides an aggregate by a fixed number: the planned size of the cohort, after noise was added to the sum."""
-
-    raises_norm: ClassVar[bool] = False
-
-    def __init__(self, divisor: float) -> None:
-        if not divisor >= 1.0:
-            raise ConfigError(f"divisor must be at least 1, got {divisor}. Give the planned size of the cohort.")
-        self.divisor = divisor
+class Stateless(Transform):
+    """A transform that remembers nothing, and draws nothing from the public generator."""
 
     def init(self, parameters: Parameters) -> StateTree:  # noqa: ARG002
         """Nothing to remember."""
@@ -80,9 +67,74 @@ class Divide(Transform):
         state: StateTree,
         rng: np.random.Generator,  # noqa: ARG002
     ) -> tuple[Update, StateTree]:
+        """See ``change``."""
+        return self.change(update), state
+
+    @abstractmethod
+    def change(self, update: Update) -> Update:
+        """The transformed update."""
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Transforms one after the other; its state is the list of theirs. The empty chain is the identity."""
+
+    transforms: Sequence[Transform] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", tuple(self.transforms))
+
+    def init(self, parameters: Parameters) -> StateTree:
+        """One state for each transform."""
+        states: list[StateTree] = []
+        for transform in self.transforms:
+            states.append(transform.init(parameters))
+            parameters = transform.sends(parameters)
+        return states
+
+    def apply(self, update: Update, state: StateTree, rng: np.random.Generator) -> tuple[Update, StateTree]:
+        """Each in turn."""
+        states: list[StateTree] = []
+        for transform, before in zip(self.transforms, state, strict=True):
+            update, after = transform.apply(update, before, rng)
+            states.append(after)
+        return update, states
+
+    def sends(self, parameters: Parameters) -> Parameters:
+        """Each in turn."""
+        for transform in self.transforms:
+            parameters = transform.sends(parameters)
+        return parameters
+
+    def tells(self, state: StateTree) -> Config:
+        """All of theirs."""
+        told: Config = {}
+        for transform, own in zip(self.transforms, state, strict=True):
+            told |= transform.tells(own)
+        return told
+
+    def told(self, config: Config) -> Self:
+        """All of them, told the same."""
+        return replace(self, transforms=tuple(transform.told(config) for transform in self.transforms))
+
+
+@final
+@dataclass(frozen=True)
+class Divide(Stateless):
+    """Divides an aggregate by a fixed number: the planned size of the cohort, after noise was added to the sum."""
+
+    divisor: float
+    raises_norm: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.divisor >= 1.0:
+            raise ConfigError(f"divisor must be at least 1, got {self.divisor}. Give the planned size of the cohort.")
+
+    def change(self, update: Update) -> Update:
         """``delta / divisor``."""
         delta = {name: np.asarray(value / self.divisor) for name, value in update.delta.items()}
-        return replace(update, delta=delta), state
+        return replace(update, delta=delta)
 
 
 def chain(*transforms: Transform) -> Chain:
@@ -102,7 +154,7 @@ def check_order(transforms: Sequence[Transform]) -> None:
         CompositionError: Naming the two transforms to swap.
     """
     last_clip: Transform | None = None
-    for transform in _flat(transforms):
+    for transform in flat(transforms):
         name = type(transform).__name__
         if transform.adds_noise:
             if last_clip is None:
@@ -117,10 +169,10 @@ def check_order(transforms: Sequence[Transform]) -> None:
             )
 
 
-def _flat(transforms: Sequence[Transform]) -> Iterator[Transform]:
+def flat(transforms: Sequence[Transform]) -> Iterator[Transform]:
     """The transforms, those inside nested chains too: a chain of chains obeys the same order."""
     for transform in transforms:
         if isinstance(transform, Chain):
-            yield from _flat(transform.transforms)
+            yield from flat(transform.transforms)
         else:
             yield transform

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 from sfl.core import arrays
-from sfl.core.task import Reply, Status, Task
+from sfl.core.task import END, Reply, Status, Task
 
 
 class Engine(ABC):
     """Carries tasks and replies. It can carry synchronous rounds, relays, several-step protocols and asynchrony.
 
-    ``send`` and ``replies`` are the primitives; ``exchange`` is the synchronous round built on them.
+    ``send``, ``replies`` and ``cancel`` are the primitives; ``exchange`` is the synchronous round built on them.
+    Several sends may be outstanding at a time; a site does its tasks one by one, in the order in which they were sent.
     """
 
     @abstractmethod
@@ -23,15 +25,27 @@ class Engine(ABC):
         """Names of the sites that are there, sorted."""
 
     @abstractmethod
-    def send(self, task: Task, clients: Sequence[str]) -> None:
-        """Hand ``task`` to each of ``clients``. May return before any has begun."""
+    def send(self, task: Task, clients: Sequence[str]) -> int:
+        """Hand ``task`` to each of ``clients``. May return before any has begun.
+
+        Returns:
+            A ticket: the number that every reply to this task carries.
+        """
 
     @abstractmethod
-    def replies(self, timeout: float | None = None) -> Iterator[Reply]:
-        """Replies to what was sent, in order of arrival, until none is outstanding or ``timeout`` seconds are over.
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """Replies in order of arrival, until none is outstanding or ``timeout`` seconds are over.
 
         The arrays of an update may be lent: valid until the next reply is drawn.
+
+        Args:
+            timeout: Seconds to wait in all; ``None`` waits for ever.
+            ticket: Draw replies to this send alone, and leave others for later; ``None`` draws all.
         """
+
+    @abstractmethod
+    def cancel(self, ticket: int) -> None:
+        """Let go of what is outstanding of a send: sites may leave it undone, replies that come are dropped."""
 
     def exchange(self, task: Task, cohort: Sequence[str], timeout: float | None = None) -> Iterator[Reply]:
         """Send to all of ``cohort``; yield exactly one reply for each, in the order of ``cohort``.
@@ -40,20 +54,29 @@ class Engine(ABC):
         it was given the sites (the local one) streams; for others, early arrivals wait for their turn, as copies. What
         arrives from a site outside the cohort, or a second time from one, is not part of the round.
         """
-        self.send(task, cohort)
-        open_sites = dict.fromkeys(cohort)
-        waiting: dict[str, Reply] = {}
-        for reply in self.replies(timeout):
-            if reply.site not in open_sites or reply.site in waiting:
-                continue
-            in_turn = reply.site == next(iter(open_sites))
-            waiting[reply.site] = reply if in_turn else _kept(reply)
-            while (site := next(iter(open_sites), None)) in waiting:
-                del open_sites[site]
-                yield waiting.pop(site)
-            del reply  # what it holds is let go before the next is drawn
-        for site in open_sites:
-            yield waiting[site] if site in waiting else _late(site, timeout)
+        ticket = self.send(task, cohort)
+        try:
+            open_sites = dict.fromkeys(cohort)
+            waiting: dict[str, Reply] = {}
+            for reply in self.replies(timeout, ticket=ticket):
+                if reply.site not in open_sites or reply.site in waiting:
+                    continue
+                in_turn = reply.site == next(iter(open_sites))
+                waiting[reply.site] = reply if in_turn else owned(reply)
+                while (site := next(iter(open_sites), None)) in waiting:
+                    del open_sites[site]
+                    yield waiting.pop(site)
+                del reply  # what it holds is let go before the next is drawn
+            for site in open_sites:
+                yield waiting[site] if site in waiting else late(site, timeout)
+        finally:
+            self.cancel(ticket)
+
+    def end_sites(self, seconds: float) -> None:
+        """Tell all sites, wherever they are, that the run is over, so that their clients end what they began."""
+        for reply in self.exchange(Task(END, 0, {}), self.clients(), seconds):
+            if reply.status is Status.FAILED:
+                logging.getLogger(__name__).warning("at its end, %s", reply.reason)
 
     @abstractmethod
     def describe(self) -> str:
@@ -71,7 +94,7 @@ class Engine(ABC):
         self.close()
 
 
-def _kept(reply: Reply) -> Reply:
+def owned(reply: Reply) -> Reply:
     """The reply with arrays of its own: lent ones are overwritten when the next is drawn."""
     if reply.update is None:
         return reply
@@ -79,6 +102,7 @@ def _kept(reply: Reply) -> Reply:
     return dataclasses.replace(reply, update=update)
 
 
-def _late(site: str, timeout: float | None) -> Reply:
+def late(site: str, timeout: float | None) -> Reply:
+    """The reply of a site that has not answered in time."""
     reason = "no reply" if timeout is None else f"no reply within {timeout:g} s"
     return Reply(site, Status.LATE, reason=reason, seconds=timeout or 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sfl.client.site import Site, SiteProgram
@@ -37,31 +38,47 @@ class LocalEngine(Engine):
             for index, name in enumerate(names)
         }
         self._device, self._threads = device, threads
-        self._pending: list[tuple[Task, str]] = []
+        self._last = 0
+        self._pending: list[tuple[int, Task, str]] = []
 
     def clients(self) -> list[str]:
         """Names of the sites, sorted."""
         return sorted(self._sites)
 
-    def send(self, task: Task, clients: Sequence[str]) -> None:
+    def send(self, task: Task, clients: Sequence[str]) -> int:
         """Remember the task; each site does it when its reply is drawn."""
-        self._pending = [(task, name) for name in clients]  # what is left of an abandoned exchange is dropped
+        self._last += 1
+        self._pending += [(self._last, task, name) for name in clients]
+        return self._last
 
-    def replies(self, timeout: float | None = None) -> Iterator[Reply]:
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
         """Run the sites in turn. A site still working when the time is over is late; those after it do not start."""
         started = time.perf_counter()
-        while self._pending:
+        while (turn := self._turn(ticket)) is not None:
             if timeout is not None and time.perf_counter() - started >= timeout:
-                self._pending.clear()
                 return
-            task, name = self._pending.pop(0)
+            number, task, name = self._pending.pop(turn)
             limit_threads(self._threads)
-            reply = self._sites[name].run(task)
+            reply = replace(self._sites[name].run(task), ticket=number)
             del task
             if timeout is not None and time.perf_counter() - started > timeout:
-                reply = Reply(name, Status.LATE, reason=f"{name}: later than {timeout:g} s", seconds=reply.seconds)
+                reason = f"{name}: later than {timeout:g} s"
+                reply = Reply(name, Status.LATE, reason=reason, seconds=reply.seconds, ticket=number)
             yield reply
             del reply
+
+    def _turn(self, ticket: int | None) -> int | None:
+        """Where the next task in turn stands: of this ticket, or of any."""
+        return next((at for at, (number, *_) in enumerate(self._pending) if ticket in (None, number)), None)
+
+    def cancel(self, ticket: int) -> None:
+        """Forget the tasks that have not begun."""
+        self._pending = [entry for entry in self._pending if entry[0] != ticket]
+
+    def close(self) -> None:
+        """Let every site's client go."""
+        for site in self._sites.values():
+            site.close()
 
     def describe(self) -> str:
         """Such as ``in-process on cpu``."""

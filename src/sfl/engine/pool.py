@@ -7,30 +7,27 @@ straight from there, in site order.
 
 from __future__ import annotations
 
-import mmap
 import multiprocessing
-import os
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing import connection, reduction
+from itertools import islice
+from multiprocessing import connection, util
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from pickle import PicklingError
-from typing import Any
+from typing import Any, TypeAlias
 
 from sfl.client.site import SiteProgram
-from sfl.core.task import Reply, Status, Task
-from sfl.engine.base import Engine
-from sfl.engine.shared import Layout, open_anonymous, write
-from sfl.engine.worker import Answer, Assignment, Command, Memory, main
+from sfl.core.task import Reply, Task
+from sfl.engine.base import Engine, owned
+from sfl.engine.shared import Layout, Published
+from sfl.engine.worker import Assignment, Command
+from sfl.engine.worker_process import Arrival, WorkerProcess
 from sfl.errors import ConfigError, EngineError
-from sfl.train.devices import thread_environment
-from sfl.types import Array, Parameters
+from sfl.types import Parameters
 
-_AHEAD = 2  # tasks a worker is handed at a time: the next is there when one is done
+Key: TypeAlias = tuple[int, str]  # a ticket and a site
 
 
 class PoolEngine(Engine):
@@ -59,17 +56,18 @@ class PoolEngine(Engine):
     ) -> None:
         self._names = list(names)
         self._devices, self._threads = list(devices), threads
-        self._exchange = 0
-        self._order: deque[str] = deque()
-        self._shared = _Shared()
+        self._last = 0
+        self._open: dict[int, list[str]] = {}  # by ticket, the sites that have not been drawn, as they were given
+        self._ready: dict[Key, Arrival] = {}
+        self._aside: dict[Key, Reply] = {}  # arrived while another ticket was drawn, with arrays of their own
+        self._published: Published | None = None
         self._owner = {name: index % len(devices) for index, name in enumerate(names)}
-        self._workers: list[_WorkerProcess] = []
+        self._workers: list[WorkerProcess] = []
         context = _context(program)
         try:
             for number, device in enumerate(devices):
                 mine = tuple((name, index) for index, name in enumerate(names) if self._owner[name] == number)
-                assignment = Assignment(program, mine, device, threads, folder)
-                self._workers.append(_WorkerProcess(context, assignment, self._shared))
+                self._workers.append(WorkerProcess(context, Assignment(program, mine, device, threads, folder)))
         except BaseException:
             self.close()
             raise
@@ -78,73 +76,112 @@ class PoolEngine(Engine):
         """Names of the sites, sorted."""
         return sorted(self._names)
 
-    def send(self, task: Task, clients: Sequence[str]) -> None:
+    def send(self, task: Task, clients: Sequence[str]) -> int:
         """Publish the parameters, then queue the task with each site's worker."""
-        self._exchange += 1
+        self._last += 1
+        memory = self._publish(task.parameters)
         for number, worker in enumerate(self._workers):
-            worker.drop_unsent()
-            if not worker.is_alive():
+            if not worker.is_alive() and not worker.is_busy:
                 self._workers[number] = worker.successor()
-        fresh = self._shared.publish(task.parameters, anew=any(worker.is_busy for worker in self._workers))
-        for worker in self._workers:
-            worker.has_memory = worker.has_memory and not fresh
         bare = replace(task, parameters={})
+        self._open[self._last] = list(clients)
         for name in clients:
-            self._workers[self._owner[name]].submit(Command(self._exchange, bare, name))
-        self._order = deque(clients)
+            self._workers[self._owner[name]].submit(Command(self._last, bare, name), memory)
+        return self._last
 
-    def replies(self, timeout: float | None = None) -> Iterator[Reply]:
-        """Replies in the order in which the sites were given; under a timeout as they arrive, so that nobody waits
-        for a site that may be late, and another's turn is not lost with it.
+    def _publish(self, parameters: Parameters) -> Published:
+        """Put the parameters where all workers read them: in new memory if someone may still be reading the old."""
+        layout = Layout.of(parameters)
+        memory = self._published
+        if memory is None or memory.layout != layout or any(worker.is_busy for worker in self._workers):
+            self._published = memory = None  # the old goes before the new comes
+            self._published = memory = Published(layout)
+        memory.write(parameters)
+        return memory
+
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """Replies to one ticket in the order in which its sites were given; as they arrive to several, and under a
+        timeout, so that nobody waits for a site that may be late, and another's turn is not lost with it.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        ready: dict[str, tuple[Answer, _WorkerProcess]] = {}
-        try:
-            while self._order:
-                first = self._order[0]
-                name = next(iter(ready), first) if deadline is not None and first not in ready else first
-                if name in ready:
-                    self._order.remove(name)
-                    answer, worker = ready.pop(name)
-                    try:
-                        yield worker.open(answer)
-                    finally:
-                        worker.free(answer)
-                elif not self._collect(ready, deadline):
+        in_turn = ticket is not None and deadline is None
+        while ticket in self._open or (ticket is None and self._open):
+            waiting = self._waiting(ticket)
+            turns = islice(waiting, 1) if in_turn else waiting
+            key = next((key for key in turns if key in self._ready or key in self._aside), None)
+            if key is None:
+                if not self._collect(ticket, deadline):
                     return
-        finally:
-            for answer, worker in ready.values():
-                worker.free(answer)
-            self._order.clear()
+                continue
+            self._close_key(key)
+            if key in self._aside:
+                yield self._aside.pop(key)
+                continue
+            arrival = self._ready.pop(key)
+            try:
+                yield arrival.open()
+            finally:
+                arrival.free()
 
-    def _collect(self, ready: dict[str, tuple[Answer, _WorkerProcess]], deadline: float | None) -> bool:
+    def _waiting(self, ticket: int | None) -> Iterator[Key]:
+        """What has not been drawn, in the order in which it was sent."""
+        for number in self._open if ticket is None else (ticket,):
+            for site in self._open[number]:
+                yield number, site
+
+    def _close_key(self, key: Key) -> None:
+        ticket, site = key
+        self._open[ticket].remove(site)
+        if not self._open[ticket]:
+            del self._open[ticket]
+
+    def _collect(self, ticket: int | None, deadline: float | None) -> bool:
         """Wait for one event from any worker; false when the time is over."""
+        if ticket is not None:  # what lies in a slot would keep its worker from going on to this ticket
+            for key in [key for key in self._ready if key[0] != ticket]:
+                self._set_aside(self._ready.pop(key))
         waits: dict[Any, int] = {}
         for number, worker in enumerate(self._workers):
             waits.update(dict.fromkeys(worker.waits(), number))
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         events = connection.wait(list(waits), left)
         for number in sorted({waits[event] for event in events}):
-            worker = self._workers[number]
-            answers, is_dead = worker.collect()
+            arrivals, is_dead = self._workers[number].collect()
             if is_dead:
-                answers += self._replace(number)
-            for answer in answers:
-                if answer.exchange == self._exchange:
-                    ready[answer.reply.site] = (answer, worker)
-                else:  # a late site of an earlier exchange
-                    worker.free(answer)
+                arrivals += self._replace(number)
+            for arrival in arrivals:
+                number_of, site = arrival.key
+                if site not in self._open.get(number_of, ()):
+                    arrival.free()  # nobody waits for it any more
+                elif ticket in (None, number_of):
+                    self._ready[arrival.key] = arrival
+                else:
+                    self._set_aside(arrival)
         return bool(events)
 
-    def _replace(self, number: int) -> list[Answer]:
+    def _set_aside(self, arrival: Arrival) -> None:
+        self._aside[arrival.key] = owned(arrival.open())
+        arrival.free()
+
+    def _replace(self, number: int) -> list[Arrival]:
         """Start a dead worker again: the site it worked on has failed, those behind it get their turn."""
         dead = self._workers[number]
         failed, waiting = dead.bury()
         self._workers[number] = dead.successor()
-        for command in waiting:
-            if command.exchange == self._exchange:
-                self._workers[number].submit(command)
+        for command, memory in waiting:
+            if command.exchange in self._open:
+                self._workers[number].submit(command, memory)
         return failed
+
+    def cancel(self, ticket: int) -> None:
+        """Forget what is outstanding of a ticket; a site at work finishes for nobody."""
+        self._open.pop(ticket, None)
+        for worker in self._workers:
+            worker.drop_unsent(ticket)
+        for key in [key for key in self._ready if key[0] == ticket]:
+            self._ready.pop(key).free()
+        for key in [key for key in self._aside if key[0] == ticket]:
+            del self._aside[key]
 
     def describe(self) -> str:
         """Such as ``in-process, 2 workers on cpu``."""
@@ -154,173 +191,6 @@ class PoolEngine(Engine):
         """Stop the workers."""
         for worker in self._workers:
             worker.stop()
-        self._shared.close()
-
-
-class _Shared:
-    """The global parameters in shared memory."""
-
-    def __init__(self) -> None:
-        self.descriptor = -1
-        self.layout: Layout | None = None
-        self._views: Parameters = {}
-
-    def publish(self, parameters: Mapping[str, Array], *, anew: bool) -> bool:
-        """Write the parameters where all workers read them; true if that is new memory.
-
-        Args:
-            parameters: The global parameters.
-            anew: Take new memory in any case, because someone may still be reading the old.
-        """
-        layout = Layout.of(parameters)
-        fresh = anew or layout != self.layout
-        if fresh:
-            self.close()
-            self.layout, self.descriptor = layout, open_anonymous(layout.nbytes)
-            self._views = layout.views(mmap.mmap(self.descriptor, layout.nbytes), writeable=True)
-        write(self._views, parameters)
-        return fresh
-
-    def close(self) -> None:
-        """Let the memory go; it is freed once the workers have, too."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor, self.layout, self._views = -1, None, {}
-
-
-class _WorkerProcess:
-    """The parent's end of one worker, for one life of its process."""
-
-    def __init__(self, context: ForkServerContext | SpawnContext, assignment: Assignment, shared: _Shared) -> None:
-        self.has_memory = False
-        self._context, self._assignment, self._shared = context, assignment, shared
-        self._queue: deque[Command] = deque()
-        self._sent = 0  # how many of the queue, from its head, the process has
-        self._slot: mmap.mmap | None = None
-        theirs, self._commands = context.Pipe(duplex=True)
-        self._answers, answers = context.Pipe(duplex=False)
-        frees, self._frees = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=main, args=(theirs, answers, frees, assignment), daemon=True, name="sfl-worker"
-        )
-        try:
-            with thread_environment(assignment.threads):
-                self._process.start()
-        except (PicklingError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"client and client_kwargs must be fit to hand to a worker process, got: {error}. "
-                "Use a class or function of an importable module and plain arguments, or workers=1."
-            ) from error
-        finally:
-            for end in (theirs, answers, frees):
-                end.close()
-
-    def successor(self) -> _WorkerProcess:
-        """A new process in place of this one."""
-        self.stop()
-        return _WorkerProcess(self._context, self._assignment, self._shared)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether it still works on a task."""
-        return self._sent > 0
-
-    def is_alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.is_alive()
-
-    def submit(self, command: Command) -> None:
-        """Queue a task."""
-        self._queue.append(command)
-        self._push()
-
-    def drop_unsent(self) -> None:
-        """Forget the tasks that the process has not been handed yet."""
-        while len(self._queue) > self._sent:
-            self._queue.pop()
-
-    def _push(self) -> None:
-        """Hand over tasks: few at a time, so that a pipe never fills, and memory only to a process that reads it."""
-        try:
-            if self._queue and not self.has_memory and not self._sent:
-                self._give_memory()
-            while self.has_memory and self._sent < min(_AHEAD, len(self._queue)):
-                self._commands.send(self._queue[self._sent])
-                self._sent += 1
-        except ConnectionError:
-            return  # it has just died: its sentinel says so to ``collect``
-
-    def _give_memory(self) -> None:
-        """Hand over the parameters and a slot for deltas."""
-        layout = self._shared.layout
-        if layout is None:
-            raise EngineError("parameters must be published before a worker can read them.")
-        slot = open_anonymous(layout.slot_nbytes)
-        try:
-            self._slot = mmap.mmap(slot, layout.slot_nbytes)
-            self._commands.send(Memory(layout))
-            for descriptor in (self._shared.descriptor, slot):
-                reduction.send_handle(self._commands, descriptor, self._process.pid)
-            self.has_memory = True
-        finally:
-            os.close(slot)
-
-    def waits(self) -> list[Any]:
-        """What to wait on for an event of this worker."""
-        return [self._answers, self._process.sentinel] if self._queue else []
-
-    def collect(self) -> tuple[list[Answer], bool]:
-        """Whatever has arrived, without waiting, and whether the process is dead."""
-        arrived: list[Answer] = []
-        try:
-            while self._answers.poll():
-                arrived.append(self._answers.recv())
-                self._queue.popleft()
-                self._sent -= 1
-        except (EOFError, OSError):
-            return arrived, True
-        is_dead = not self.is_alive() and not self._answers.poll()
-        self._push()
-        return arrived, is_dead
-
-    def bury(self) -> tuple[list[Answer], list[Command]]:
-        """Of a dead process: the reply of the site it worked on, and the tasks behind it."""
-        self._process.join(1.0)  # its own exit code, not that of ``stop``
-        self.stop()
-        if not self._queue:
-            return [], []
-        command = self._queue.popleft()
-        code = self._process.exitcode
-        reason = f"{command.site}: its worker process died (exit code {code}); it starts anew with the next task"
-        reply = Reply(command.site, Status.FAILED, reason=reason)
-        return [Answer(command.exchange, reply, None)], list(self._queue)
-
-    def open(self, answer: Answer) -> Reply:
-        """The reply with its arrays: views into the slot, lent until ``free``."""
-        update = answer.reply.update
-        if update is None or answer.layout is None or self._slot is None:
-            return answer.reply
-        delta = answer.layout.views(self._slot, writeable=False)
-        return replace(answer.reply, update=replace(update, delta=delta))
-
-    def free(self, answer: Answer) -> None:
-        """Let the worker write its next delta."""
-        if answer.layout is not None:
-            try:
-                self._frees.send(None)
-            except OSError:
-                return  # it died; nothing waits for the slot
-
-    def stop(self) -> None:
-        """End the process: kindly when it is idle, at once when it is not."""
-        if self._sent:
-            self._process.terminate()
-        for end in (self._commands, self._answers, self._frees):
-            end.close()
-        self._process.join(5.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
 
 def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
@@ -334,6 +204,7 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
             "client must be importable by a worker process, got one that is defined in an interactive session. "
             "Put it into a module or a script file, or use one worker."
         )
+    util.get_temp_dir()  # made before the workers, which are told of it and remove it if this process is killed
     context.set_forkserver_preload([name for name in ("sfl.engine.worker", module) if name != "__main__"])
     return context
 

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,3 +65,23 @@ def write(views: Mapping[str, Array], values: Mapping[str, Array]) -> None:
     """Copy ``values`` into a buffer's views."""
     for name, value in values.items():
         np.copyto(views[name], value)
+
+
+class Published:
+    """Parameters in memory that other processes map. It is let go with the last reference to it.
+
+    Args:
+        layout: What lies in it.
+
+    Attributes:
+        descriptor: To hand to who maps it.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.descriptor = layout, open_anonymous(layout.nbytes)
+        weakref.finalize(self, os.close, self.descriptor)
+        self._views = layout.views(mmap.mmap(self.descriptor, layout.nbytes), writeable=True)
+
+    def write(self, parameters: Mapping[str, Array]) -> None:
+        """Put ``parameters``, of this layout, in place of what was there."""
+        write(self._views, parameters)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 import signal
 import threading
 from dataclasses import dataclass, replace
-from multiprocessing import connection, parent_process, reduction
+from multiprocessing import connection, parent_process, reduction, util
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,11 @@ def _die_with_parent() -> None:
     if parent is None:
         return
     sentinel = parent.sentinel
+    folder = util.get_temp_dir()  # the parent's, where its fork server listens
 
     def watch() -> None:
         connection.wait([sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
@@ -99,6 +102,8 @@ class _Worker:
             try:
                 message: Any = self.commands.recv()
             except EOFError:
+                for site in self.sites.values():
+                    site.close()
                 return
             if isinstance(message, Memory):
                 self._map(message.layout)

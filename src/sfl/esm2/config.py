@@ -6,12 +6,23 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from sfl.errors import ConfigError
+from sfl.privacy.config import PrivacyConfig
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 MAX_RESIDUES = 1022
 """Residues that ESM2 was trained on at once: 1024 tokens less the two that open and close a protein."""
 
-RESUMABLE: Final = ("num_rounds", "workers", "device", "verbose", "format")
+RESUMABLE: Final = (
+    "num_rounds",
+    "workers",
+    "backend",
+    "startup_kit",
+    "superlink",
+    "root_certificates",
+    "device",
+    "verbose",
+    "format",
+)
 """Options that may change when a run goes on; any other would make it a different run."""
 
 
@@ -50,9 +61,11 @@ class ESM2RunConfig:
     Attributes:
         federation: Who takes part, and for how long.
         client: How a site trains.
+        privacy: Its protections.
         logging: What the run says, and where it writes.
     """
 
     federation: FederationConfig = field(default_factory=lambda: FederationConfig(workers=0))
     client: ESM2ClientConfig = field(default_factory=ESM2ClientConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

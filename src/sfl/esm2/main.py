@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sfl.core.events import Notice, Observer, RunStarted
+from sfl.core.events import Event, Notice, Observer, RunStarted
 from sfl.errors import ConfigError
 from sfl.esm2.config import RESUMABLE, ESM2RunConfig
 from sfl.esm2.dataset import FederatedProteins
@@ -19,7 +19,8 @@ from sfl.esm2.sources import absolute
 from sfl.io.console import console_observer
 from sfl.io.run_folder import RunFolder
 from sfl.io.tree import write_text
-from sfl.recipe import Environment
+from sfl.privacy.runner_utils import calibrated
+from sfl.recipe import Environment, Recipe
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.types import site_names
 from sfl.utils.config import Resolved, dump_yaml, to_dict
@@ -56,6 +57,46 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Pat
     return 0
 
 
+def begin_esm2(resolved: Resolved[ESM2RunConfig], say: Callable[[str], object]) -> tuple[Recipe, Path]:
+    """A new run's folder, with its configuration, and the recipe that is to run in it: for who does not wait for it.
+
+    Args:
+        resolved: The configuration and where each value came from.
+        say: Called with what a person should know.
+    """
+    model = find_model(resolved.config.client.model)
+    say(model.why)
+    pinned = _pinned(resolved.config, model, None)
+    folder = RunFolder.create(Path(str(pinned.logging.out)))
+    _checked(folder, pinned, resolved, lambda event: _say_notice(event, say), resume=False)
+    return _recipe(pinned, model)[0], folder.path
+
+
+def esm2_job(config: ESM2RunConfig, say: Callable[[str], object]) -> Recipe:
+    """The recipe alone, after a look at model and data."""
+    from sfl.esm2.client import federated_data
+
+    model = find_model(config.client.model)
+    say(model.why)
+    pinned = _pinned(config, model, None)
+    for line in federated_data(pinned)[1].warnings():
+        say(line)
+    return _recipe(pinned, model)[0]
+
+
+def _say_notice(event: Event, say: Callable[[str], object]) -> None:
+    if isinstance(event, Notice):
+        say(event.text)
+
+
+def _recipe(config: ESM2RunConfig, model: ModelSource) -> tuple[Recipe, str]:
+    """The recipe, and the server's own device, for evaluation."""
+    from sfl.esm2.server import esm2_recipe
+
+    device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
+    return esm2_recipe(config, model, device=device), device
+
+
 def _train(
     config: ESM2RunConfig,
     model: ModelSource,
@@ -65,10 +106,9 @@ def _train(
     observers: Sequence[Observer],
     resume: bool,
 ) -> None:
-    from sfl.esm2.server import ESM2Server, esm2_recipe
+    from sfl.esm2.server import ESM2Server
 
-    device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]  # the server's own, for evaluation
-    recipe = esm2_recipe(config, model, device=device)
+    recipe, device = _recipe(config, model)
     result = recipe.execute(env, out=folder.path, resume=resume, observers=observers)
     ESM2Server(config=config, model=model, device=device).export(result.parameters, folder.model)
 
@@ -79,6 +119,7 @@ def _pinned(config: ESM2RunConfig, model: ModelSource, resume: Path | None) -> E
     return replace(
         config,
         client=replace(config.client, model=model.name, data=absolute(config.client.data)),
+        privacy=calibrated(config.privacy, config.federation),
         logging=replace(config.logging, out=out),
     )
 

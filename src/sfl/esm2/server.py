@@ -18,6 +18,7 @@ from sfl.esm2.client import (
 )
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.model import ModelSource, save_model
+from sfl.privacy.runner_utils import build_protections
 from sfl.recipe import FedAvgRecipe
 from sfl.train.devices import limit_threads
 from sfl.train.module import copy_parameters, load_parameters, release_resident
@@ -66,12 +67,15 @@ class ESM2Server:
 def esm2_recipe(config: ESM2RunConfig, model: ModelSource, *, device: str = "cpu") -> FedAvgRecipe:
     """Federated averaging of ESM2 under masked language modelling."""
     server = ESM2Server(config=config, model=model, device=device)
+    protections = build_protections(config.privacy, config.federation)
     return FedAvgRecipe(
         name="esm2",
         client=ESM2Client,
         client_kwargs={"config": config, "model": model},
         initial_parameters=server.initial_parameters,
         federation=config.federation,
+        mechanisms=protections.mechanisms,
+        budget=protections.budget,
         central=server.central,
         derive=with_perplexity,
     )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sfl.core.algorithm import ServerState
 from sfl.errors import CheckpointError
 from sfl.io.tree import load_tree, save_tree
+from sfl.types import StateTree
 
+_FIELDS = {field.name for field in fields(ServerState)}
+_WITHIN = {"round", "parameters", "algorithm", "mechanisms"}  # what the first checkpoints had
 _NAME = re.compile(r"round-(\d{6})\.safetensors")
 
 
@@ -26,19 +31,19 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: ServerState) -> Path:
-        """Write the state atomically under its round's name."""
-        path = self.folder / f"round-{state.round:06d}.safetensors"
-        tree = {
-            "round": state.round,
-            "parameters": state.parameters,
-            "algorithm": state.algorithm,
-            "mechanisms": list(state.mechanisms),
-        }
-        save_tree(path, tree)
+        """Write the state atomically under its round's name; of the old ones, keep the newest and the best model's."""
+        path = self.path(state.round)
+        save_state(path, state)
+        best = self.path(state.best["round"]) if isinstance(state.best, dict) else None
         if self.keep:
             for old in self.paths()[: -self.keep]:
-                old.unlink()
+                if old != best:
+                    old.unlink()
         return path
+
+    def path(self, round: object) -> Path:
+        """Where the checkpoint of a round lies, if it is kept."""
+        return self.folder / f"round-{round:06d}.safetensors"
 
     def paths(self) -> list[Path]:
         """All checkpoint files, oldest round first. Partial files do not count."""
@@ -57,7 +62,7 @@ class Checkpoints:
         paths = self.paths()
         for path in reversed(paths):
             try:
-                return _state(path, load_tree(path))
+                return load_state(path)
             except CheckpointError as error:
                 warn(f"{error} Using the checkpoint before it.")
         if paths:
@@ -65,12 +70,20 @@ class Checkpoints:
         return None
 
 
-def _state(path: Path, tree: object) -> ServerState:
-    if not isinstance(tree, dict) or tree.keys() != {"round", "parameters", "algorithm", "mechanisms"}:
+def save_state(path: Path, state: ServerState) -> None:
+    """Write one state atomically."""
+    tree: dict[str, StateTree] = {field.name: getattr(state, field.name) for field in fields(ServerState)}
+    save_tree(path, tree)
+
+
+def load_state(path: Path) -> ServerState:
+    """Read one state back.
+
+    Raises:
+        CheckpointError: If the file is missing, torn, edited, or holds something else.
+    """
+    tree = load_tree(path)
+    if not isinstance(tree, dict) or not _WITHIN <= tree.keys() <= _FIELDS:
         raise CheckpointError(f"{path} must hold a server state, got another tree.")
-    return ServerState(
-        round=tree["round"],  # pyright: ignore[reportArgumentType]
-        parameters=tree["parameters"],  # pyright: ignore[reportArgumentType]
-        algorithm=tree["algorithm"],
-        mechanisms=tree["mechanisms"],  # pyright: ignore[reportArgumentType]
-    )
+    read: dict[str, Any] = tree
+    return ServerState(**read)

@@ -9,12 +9,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeAlias
 
 from sfl.core.events import (
+    AggregationFinished,
+    AggregationStarted,
+    BestModelSelected,
     Event,
     Notice,
     RoundFinished,
+    RoundStarted,
+    RunFailed,
     RunFinished,
     RunStarted,
     SiteFinished,
+    SiteLogged,
     StageStarted,
 )
 from sfl.core.task import Status
@@ -118,6 +124,7 @@ class _Screen(_Closing):
         self._verbose = verbose
         self._bar: LiveBar | None = None
         self._run: RunStarted | None = None
+        self._best: BestModelSelected | None = None
         self._summary = Summary()
 
     def __enter__(self) -> _Screen:
@@ -128,17 +135,21 @@ class _Screen(_Closing):
             case RunStarted():
                 self._start(event)
             case StageStarted():
-                if self._bar is not None:
-                    self._bar.stage(event)
+                self._stage(event)
             case SiteFinished():
                 self._site(event)
+            case SiteLogged():
+                self._logged(event)
             case RoundFinished():
                 self._round(event)
             case Notice():
-                warning = event.level == "warning"
-                self._say(("! " if warning else "  ", _WARN), (event.text, _WARN if warning else "dim"))
+                self._notice(event)
+            case BestModelSelected():
+                self._best = event
             case RunFinished():
                 self._finish(event)
+            case RoundStarted() | AggregationStarted() | AggregationFinished() | RunFailed():
+                pass  # a failed run's error is said by whoever catches it
 
     def close(self) -> None:
         """Takes the bar off the screen."""
@@ -196,6 +207,18 @@ class _Screen(_Closing):
             tail = f"{event.num_examples:g} examples · {span(event.seconds)} · {size(event.nbytes)}"
             self._say(("    ", ""), (f"{event.site} {event.stage}  {figures}  {tail}", "dim"))
 
+    def _stage(self, event: StageStarted) -> None:
+        if self._bar is not None:
+            self._bar.stage(event)
+
+    def _logged(self, event: SiteLogged) -> None:
+        for line in event.lines:
+            self._say(("    ", ""), (f"{event.site} ", "cyan"), (line, "dim"))
+
+    def _notice(self, event: Notice) -> None:
+        warning = event.level == "warning"
+        self._say(("! " if warning else "  ", _WARN), (event.text, _WARN if warning else "dim"))
+
     def _round(self, event: RoundFinished) -> None:
         self._summary.add(event)
         label = self._label(event)
@@ -239,6 +262,10 @@ class _Screen(_Closing):
             self._say(("stopped early", f"bold {_WARN}"), (f" · {rounds} · {event.reason}", ""))
         else:
             self._say(("done", "bold green"), (f" · {rounds}", ""))
+        best = self._best
+        if best is not None and best.round != event.rounds:
+            value = f"{metric_name(best.metric)} {metric_value(best.metric, best.value)}"
+            self._say(("  ", ""), (f"best model: {value} after round {best.round}", "dim"))
 
 
 def _figures(metrics: Metrics) -> str:

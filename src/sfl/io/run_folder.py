@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """The checkpoint of the best global model: another name of one in ``checkpoints``."""
+        return self.path / "best.safetensors"
+
+    @property
     def sites(self) -> Path:
         """What each simulated site remembers."""
         return self.path / "sites"
@@ -96,6 +102,18 @@ class RunFolder:
         if not isinstance(tree, dict | None):
             raise DataError(f"{file} must hold a JSON object, got {tree!r:.60}. Put it back, or start a new run.")
         return tree
+
+    def link_best(self, checkpoint: Path) -> None:
+        """Let ``best`` name this checkpoint: by a hard link, or a copy where the file system has none."""
+        if self.best.exists() and self.best.samefile(checkpoint):
+            return
+        partial = self.best.with_name(self.best.name + ".partial")
+        partial.unlink(missing_ok=True)
+        try:
+            partial.hardlink_to(checkpoint)
+        except OSError:
+            shutil.copyfile(checkpoint, partial)
+        partial.replace(self.best)
 
     def note_sites(self) -> None:
         """Write down which sites keep something; they are written before the checkpoint of their round."""

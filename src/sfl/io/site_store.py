@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from sfl.errors import CheckpointError
-from sfl.io.tree import load_tree, save_tree
+from sfl.io.tree import load_tree, save_tree, write_text
 from sfl.types import StateTree
 
 _NAME = re.compile(r"state-(\d{6})\.safetensors")
@@ -18,24 +19,37 @@ class SiteStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._life = folder / "life.json"  # beside the states, whose bytes are the same in every run
 
-    def save(self, round: int, state: StateTree) -> None:
-        """Keep the state after ``round``; states of this and later rounds, left by a crash, are replaced."""
+    def save(self, round: int, state: StateTree, life: str = "") -> None:
+        """Keep the state after a task of ``round``; states of this and later rounds are replaced.
+
+        Args:
+            round: The task's round.
+            state: What the site remembers.
+            life: Which life of the server sent the task.
+        """
         kept = self._rounds()
         for stale in [number for number in kept if number > round]:
             self._path(stale).unlink()
         earlier = [number for number in kept if number < round]
         save_tree(self._path(round), {"first": not earlier, "state": state})
+        write_text(self._life, json.dumps({"round": round, "life": life}) + "\n")
         for old in earlier[: -(_KEEP - 1)]:
             self._path(old).unlink()
 
-    def load(self, before: int) -> StateTree:
+    def load(self, before: int, life: str = "") -> StateTree:
         """The state after the last round before ``before``, or ``None`` if the site had none.
+
+        Within one life of the server that is the newest state: a workflow may give a site two tasks in a round. A
+        server that has come back repeats the round it was in, so what an earlier life left of it does not count.
 
         Raises:
             CheckpointError: If that state was there once and is no longer kept.
         """
         rounds = self._rounds()
+        if life and rounds and self._is_of(rounds[-1], life):
+            return load_tree(self._path(rounds[-1]))["state"]
         earlier = [number for number in rounds if number < before]
         if earlier:
             return load_tree(self._path(earlier[-1]))["state"]
@@ -45,6 +59,13 @@ class SiteStore:
                 "The run fell back further than the sites remember; start it anew."
             )
         return None
+
+    def _is_of(self, round: int, life: str) -> bool:
+        """Whether the state of ``round`` was left by this life of the server."""
+        try:
+            return json.loads(self._life.read_text(encoding="utf-8")) == {"round": round, "life": life}
+        except (OSError, ValueError):
+            return False  # not known: the state before the round is the safe one
 
     def _rounds(self) -> list[int]:
         if not self.folder.is_dir():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save, save_file
 
 from sfl.errors import CheckpointError
 from sfl.types import Array, StateTree
@@ -66,6 +66,29 @@ def load_tree(path: Path) -> StateTree:
     if digest != _digest(skeleton, tensors):
         raise CheckpointError(f"{path} must match its digest, got other content. The file is torn or was edited.")
     return _unflatten(json.loads(skeleton), tensors)
+
+
+def pack_tree(tree: StateTree) -> tuple[bytes, bytes]:
+    """The tree as two messages: JSON for its structure, safetensors for its arrays.
+
+    Raises:
+        CheckpointError: If it holds something else.
+    """
+    tensors: dict[str, Array] = {}
+    skeleton = json.dumps(_flatten(tree, tensors))
+    return skeleton.encode(), save(tensors)
+
+
+def unpack_tree(skeleton: bytes, tensors: bytes) -> StateTree:
+    """What ``pack_tree`` packed, bit for bit.
+
+    Raises:
+        CheckpointError: If either message is not whole.
+    """
+    try:
+        return _unflatten(json.loads(skeleton), load(tensors))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"a message must be a packed tree, got: {error}.") from error
 
 
 @contextmanager

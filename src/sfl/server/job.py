@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from sfl.client.site import SiteProgram
 from sfl.core.aggregator import Aggregator
 from sfl.core.algorithm import Algorithm
 from sfl.core.mechanism import Mechanism
 from sfl.core.transform import Chain
+from sfl.privacy.budget import PrivacyBudget
+from sfl.server.callbacks import Callback
+from sfl.server.selection import Selection
 from sfl.types import FederationConfig, Metrics, Parameters
+
+if TYPE_CHECKING:
+    from sfl.server.workflow import Workflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,25 +27,42 @@ class Job:
     Attributes:
         name: The recipe's name.
         initial: Makes the initial parameters; called once, so that the run holds the only copy.
-        algorithm: What is sent to whom, and what becomes of the aggregate.
+        algorithm: What is sent to whom, and what becomes of the aggregate; or a workflow that does all of it.
         aggregator: How updates become one.
         program: What every site runs.
         server_chain: Server halves of the mechanisms, in the order in which they run (reverse of the sites').
         mechanisms: Charged to the ledger before every exchange that trains.
+        budget: What may be spent, and at which δ it is reported.
         federation: Sites, rounds, minimum, seed.
         central: The global model's figures on the global held-out data, if the job has some.
         derive: Adds figures that follow from others, such as a perplexity from a mean loss; never averaged themselves.
-        evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates.
+        callbacks: Called at named moments of the run, on the server.
+        selection: Which model is the best one.
+        evaluate_every: Evaluate after every n-th round and the last; 0 never evaluates, ``"end"`` only after the last.
     """
 
     name: str
     initial: Callable[[], Parameters]
-    algorithm: Algorithm
+    algorithm: Algorithm | Workflow
     aggregator: Aggregator
     program: SiteProgram
     federation: FederationConfig
     server_chain: Chain = field(default_factory=Chain)
     mechanisms: tuple[Mechanism, ...] = ()
+    budget: PrivacyBudget | None = None
     central: Callable[[Parameters], Metrics] | None = None
     derive: Callable[[Metrics], Metrics] = dict
-    evaluate_every: int = 1
+    callbacks: tuple[Callback, ...] = ()
+    selection: Selection = field(default_factory=Selection)
+    evaluate_every: int | Literal["end"] = 1
+
+    @property
+    def accounting(self) -> PrivacyBudget:
+        """At which δ, and with which accountant, what was spent is reported."""
+        return self.budget or PrivacyBudget()
+
+    def evaluates(self, round: int) -> bool:
+        """Whether the model is evaluated after ``round``; 0 is before the first."""
+        is_last = round == self.federation.num_rounds
+        every = self.evaluate_every
+        return is_last if every == "end" else every > 0 and (is_last or round % every == 0)

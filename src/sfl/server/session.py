@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from sfl.core.algorithm import ServerState
 from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
 from sfl.engine.base import Engine
 from sfl.errors import CheckpointError, ConfigError, DataError, MissingExtraError
-from sfl.io.checkpoint import Checkpoints
+from sfl.io.checkpoint import Checkpoints, load_state
 from sfl.io.environment import environment
 from sfl.io.metrics import MetricsWriter, read_metrics
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
-from sfl.privacy.ledger import Ledger
+from sfl.privacy.ledger import Budget, Ledger, dataset_ledger
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
 from sfl.types import Parameters
@@ -44,6 +44,46 @@ class RunResult:
         """The final global parameters."""
         return self.state.parameters
 
+    @property
+    def best(self) -> BestModel | None:
+        """The best global model of the run; ``None`` if no figure says which."""
+        found = self.state.best
+        if not isinstance(found, dict):
+            return None
+        return BestModel(int(str(found["round"])), str(found["metric"]), float(str(found["value"])), self)
+
+
+@dataclass(frozen=True, slots=True)
+class BestModel:
+    """The best global model of a run.
+
+    Attributes:
+        round: After how many rounds it was the global model; 0 is the initial one.
+        metric: By what.
+        value: Its figure.
+    """
+
+    round: int
+    metric: str
+    value: float
+    _result: RunResult = field(repr=False)
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its parameters: from the run's folder, unless it is the final model.
+
+        Raises:
+            ConfigError: If the run has left no folder.
+        """
+        if self.round == self._result.state.round:
+            return self._result.parameters
+        if self._result.folder is None:
+            raise ConfigError(
+                f"the best model must lie in the run's folder, got none; it is that of round {self.round}. "
+                "Run with out=..."
+            )
+        return load_state(RunFolder(self._result.folder).best).parameters
+
 
 EngineFactory = Callable[[Job, Path | None], Engine]
 
@@ -63,13 +103,20 @@ def run_job(
     history = _History()
     with ExitStack() as stack:
         state: ServerState | None = None
-        hooks = Hooks(observers=(history, *observers))
+        hooks = Hooks(observers=(history, *observers), ledger=_ledger(job, None))
         if out is not None:
             state, hooks = stack.enter_context(_files(out, job, resume=resume, observers=hooks.observers))
         carrier = stack.enter_context(engine(job, RunFolder(out).sites if out is not None else None))
+        _check_same_privacy(job, hooks.ledger)
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)
-        state = federate(job, carrier, state=state, hooks=hooks)
+        try:
+            state = federate(job, carrier, state=state, hooks=hooks)
+        finally:
+            if out is not None and job.mechanisms:
+                folder = RunFolder(out)
+                ledger = hooks.ledger
+                folder.write_json("privacy.json", job.accounting.report(ledger.events, ledger.earlier()))
     return RunResult(state, tuple(history.rounds), history.reason, out)
 
 
@@ -89,13 +136,34 @@ def _files(
         for observer in observers:
             observer(Notice(text=text, level="warning"))
     folder.write_json("environment.json", {"job": job.name, **environment()})
-    ledger = Ledger(folder.ledger)
+    ledger = _ledger(job, folder.ledger)
     with MetricsWriter(out, resume_after=-1 if state is None else state.round) as writer:
         hooks = Hooks(observers=(*observers, writer), save=partial(_save, folder, checkpoints), ledger=ledger)
         try:
             yield state, hooks
         finally:
             _report(out, observers)
+
+
+def _check_same_privacy(job: Job, ledger: Ledger) -> None:
+    """A run goes on under the guarantee that it was begun with: what was spent is of that kind.
+
+    Raises:
+        ConfigError: If it would not.
+    """
+    federation = job.federation
+    now = [mechanism.event(federation.planned_sites, federation.num_clients) for mechanism in job.mechanisms]
+    before = {(event.unit, event.adjacency, event.adversary) for event in ledger.events}
+    if before and before != {(event.unit, event.adjacency, event.adversary) for event in now}:
+        raise ConfigError(
+            "a private run must go on with the protection that it was begun with, got another or none. "
+            "Give the same options, or start a new run."
+        )
+
+
+def _ledger(job: Job, path: Path | None) -> Ledger:
+    limit: Budget | None = job.budget.check if job.budget is not None else None
+    return Ledger(path, budget=limit, dataset=dataset_ledger(job.accounting.dataset))
 
 
 def _resumed(
@@ -128,6 +196,8 @@ def _save(folder: RunFolder, checkpoints: Checkpoints, state: ServerState) -> No
     """The checkpoint, and beside it which sites have something to remember, so that its loss is noticed."""
     folder.note_sites()
     checkpoints.save(state)
+    if isinstance(state.best, dict):
+        folder.link_best(checkpoints.path(state.best["round"]))
 
 
 def _report(out: Path, observers: Sequence[Observer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ import numpy as np
 from sfl.core import rng
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.task import FIT, Task, Update
+from sfl.errors import ConfigError
 from sfl.types import Array, Config, Parameters, Scalar
 
 
@@ -39,6 +41,10 @@ class FedAvg(Algorithm):
         min_clients: Never fewer than this many.
         server_learning_rate: η; 1 is the paper's.
         seed: Seed of the sampling, and of the clients' own public randomness.
+        poisson: Draw each site by itself with probability C, by secret randomness, as amplification by sampling
+            assumes. A cohort may then be of any size, also empty, and is another one when a round is repeated.
+        turns: Above 1, sites take turns instead: the i-th of the run's sites takes part in round r if r - 1 and i leave
+            the same remainder. The sites must stay the same.
         config: Scalars for the clients.
     """
 
@@ -46,15 +52,54 @@ class FedAvg(Algorithm):
     min_clients: int = 1
     server_learning_rate: float = 1.0
     seed: int = 0
+    poisson: bool = False
+    turns: int = 1
     config: Config = field(default_factory=dict[str, Scalar])
+
+    @property
+    def sampling_rate(self) -> float:
+        """C under Poisson sampling, else 1."""
+        return self.fraction_fit if self.poisson else 1.0
+
+    @property
+    def rounds_apart(self) -> int:
+        """The number of turns."""
+        return self.turns
+
+    def group(self, round: int) -> str:
+        """Whose turn it is."""
+        return f"turn {(round - 1) % self.turns + 1} of {self.turns}" if self.turns > 1 else ""
 
     def init(self, parameters: Parameters) -> ServerState:
         """Round 0."""
         return ServerState(round=0, parameters=parameters)
 
+    def joined(self, state: ServerState, clients: Sequence[str]) -> ServerState:
+        """With the sites, if they take turns: another site in the list would shift everybody's.
+
+        Raises:
+            ConfigError: If the run began with others.
+        """
+        if self.turns == 1:
+            return state
+        began = state.algorithm["sites"] if isinstance(state.algorithm, dict) else list(clients)
+        if began != list(clients):
+            raise ConfigError(
+                f"sites that take turns must be those that the run began with, {began}, got {list(clients)}. "
+                "Bring them back, or start a new run."
+            )
+        return replace(state, algorithm={"sites": list(clients)})
+
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
-        """The global parameters, to a uniform sample of the sites."""
+        """The global parameters, to a sample of the sites."""
         round = state.round + 1
+        if self.poisson:
+            draw = secrets.SystemRandom().random
+            drawn = [client for client in clients if draw() < self.fraction_fit]
+            return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), drawn
+        if self.turns > 1:
+            turn = [client for index, client in enumerate(clients) if (round - 1 - index) % self.turns == 0]
+            return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), turn
         cohort = sample_cohort(clients, self.fraction_fit, self.min_clients, rng.public(self.seed, round, "cohort"))
         return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), cohort
 
@@ -63,7 +108,7 @@ class FedAvg(Algorithm):
         new: Parameters = {}
         for name, before in state.parameters.items():
             delta = aggregate.delta.pop(name, None)
-            new[name] = before if delta is None else _step(before, delta, self.server_learning_rate)
+            new[name] = before if delta is None else step(before, delta, self.server_learning_rate)
         return replace(state, round=state.round + 1, parameters=new)
 
 
@@ -85,7 +130,7 @@ class SumFedAvg(FedAvg):
         return replace(state, round=state.round + 1, parameters=dict(aggregate.delta))
 
 
-def _step(before: Array, delta: Array, rate: float) -> Array:
+def step(before: Array, delta: Array, rate: float) -> Array:
     """``before + rate * delta`` in the memory of ``delta`` where the dtypes agree; integers round to nearest."""
     if rate != 1.0:
         delta *= rate

@@ -55,6 +55,12 @@ def plan_workers(workers: int, clients: int, device: str, gpus: int, cores: int)
     return devices[: min(workers or len(devices), clients, len(devices))]
 
 
+def devices_of_workers(workers: int, clients: int, device: str) -> list[str]:
+    """``plan_workers`` for the GPUs and cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return plan_workers(workers, clients, device, count_gpus(), cores)
+
+
 def _devices(device: str, gpus: int) -> list[str]:
     if device in ("cpu", "mps"):
         return [device]

@@ -86,6 +86,10 @@ def to_dict(config: object) -> dict[str, Any]:
     return {item.name: _plain(getattr(config, item.name)) for item in fields(config) if item.init}  # pyright: ignore
 
 
+_UNICODE_BREAKS = ("\x85", "\u2028", "\u2029")
+"""PyYAML writes these as they are and reads them back as the end of a line."""
+
+
 def dump_yaml(config: object, sources: Mapping[str, str] | None = None) -> str:
     """The config as YAML that ``load_config`` reads back to an equal value.
 
@@ -95,9 +99,12 @@ def dump_yaml(config: object, sources: Mapping[str, str] | None = None) -> str:
     """
     import yaml
 
-    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=float("inf"))
+    values = to_dict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf"))
+    if any(mark in text for mark in _UNICODE_BREAKS):
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=False, width=float("inf"))
     section, lines = "", list[str]()
-    for line in text.splitlines():
+    for line in text.split("\n")[:-1]:
         name = line.strip().partition(":")[0]
         section = section if line.startswith(" ") else name
         source = (sources or {}).get(f"{section}.{name}" if line.startswith(" ") else name)

@@ -1,16 +1,19 @@
-"""Environments: where a recipe runs. ``recipe.execute(SimEnv())`` simulates all sites on this machine."""
+"""The in-process environment: all sites simulated on this machine."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfl.core.events import Observer
 from sfl.engine.base import Engine
 from sfl.engine.local import LocalEngine
-from sfl.errors import ConfigError
+from sfl.env.checks import check_counts, refuse_provisioned
+from sfl.recipe import Recipe, RunResult
 from sfl.server.job import Job
-from sfl.train.devices import count_gpus, plan_workers
+from sfl.server.session import run_job
+from sfl.train.devices import devices_of_workers
 from sfl.types import site_names
 
 __all__ = ["SimEnv"]
@@ -32,11 +35,13 @@ class SimEnv:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_clients", "num_threads"):
-            value = getattr(self, name)
-            least = 1 if name == "num_clients" else 0
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+        check_counts(self.num_clients, self.num_threads)
+
+    def run(self, recipe: Recipe, *, out: Path | None, resume: bool, observers: Sequence[Observer]) -> RunResult:
+        """Run a recipe in this process."""
+        if resume:
+            refuse_provisioned(out)
+        return run_job(recipe.build(), self.engine, out=out, resume=resume, observers=observers)
 
     def engine(self, job: Job, sites_folder: Path | None) -> Engine:
         """One process for one worker, a pool of processes for more.
@@ -47,8 +52,7 @@ class SimEnv:
         federation = job.federation
         names = site_names(self.num_clients or federation.num_clients)
         wanted = federation.workers if self.num_threads is None else self.num_threads
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = plan_workers(wanted, len(names), self.device, count_gpus(), cores)
+        devices = devices_of_workers(wanted, len(names), self.device)
         if len(devices) == 1:
             return LocalEngine(job.program, names, device=devices[0], threads=federation.threads, folder=sites_folder)
         from sfl.engine.pool import PoolEngine

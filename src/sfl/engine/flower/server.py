@@ -1,0 +1,259 @@
+"""Flower's grid as an engine: tasks are messages to nodes, and a node is known by the name of its site."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from sfl.core.task import EVALUATE, FIT, Reply, Status, Task
+from sfl.engine.base import Engine
+from sfl.engine.flower.messages import pack, unpack
+from sfl.engine.wire import pack_task, read_answer
+from sfl.errors import EngineError
+
+_log = logging.getLogger(__name__)
+_HELLO_SECONDS = 10.0
+_POLL = (0.005, 0.05)  # seconds between two looks for replies: at first, and at most
+_TYPES = {FIT: MessageType.TRAIN, EVALUATE: MessageType.EVALUATE}
+MessageId: TypeAlias = str
+
+
+WAIT = 120.0
+"""Seconds that sites get to connect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A site's part of a send; ``task`` is kept only until it is pushed."""
+
+    ticket: int
+    site: str
+    task: Task | None
+
+
+class FlowerEngine(Engine):
+    """Carries tasks over a Flower grid.
+
+    Args:
+        grid: From Flower's ServerApp.
+        planned: The planned sites, in the order of their ``client_id``, or how many: then all that are connected.
+        wait: Seconds to wait for all of them to connect.
+        what: The engine in words.
+        dismiss: Whether nodes live on after the run, and are told that it has ended.
+
+    Raises:
+        EngineError: If they do not connect in time.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        planned: Sequence[str] | int,
+        *,
+        wait: float = WAIT,
+        what: str = "Flower",
+        dismiss: bool = False,
+    ) -> None:
+        self._grid, self._what, self._dismiss = grid, what, dismiss
+        self._ids = {} if isinstance(planned, int) else {name: index for index, name in enumerate(planned)}
+        self._nodes: dict[int, str] = {}  # node to site; empty for a node that is none of ours
+        self._refusals: dict[int, str] = {}
+        self._last, self._life = 0, secrets.token_hex(8)
+        self._open: dict[MessageId, Errand] = {}  # at their sites
+        self._behind: deque[Errand] = deque()  # each waits until its site has answered what was sent before
+        self._aside: list[Reply] = []  # known, and not drawn
+        if isinstance(planned, int):
+            self._await_any(planned, wait)
+        else:
+            self._await_sites(wait)
+
+    def clients(self) -> list[str]:
+        """Names of the planned sites, sorted."""
+        return sorted(self._ids)
+
+    def send(self, task: Task, clients: Sequence[str]) -> int:
+        """Push one message to each site's node; a site without a node has failed."""
+        self._last += 1
+        self._meet(set(self._grid.get_node_ids()))
+        busy = {errand.site for errand in (*self._open.values(), *self._behind)}
+        self._push(self._last, task, [site for site in clients if site not in busy])
+        self._behind += [Errand(self._last, site, task) for site in clients if site in busy]
+        return self._last
+
+    def _push(self, ticket: int, task: Task, sites: Sequence[str]) -> None:
+        where = {site: node for node, site in self._nodes.items() if site}
+        there = [site for site in sites if site in where]
+        if there:
+            text, arrays = pack_task(ticket, task, {site: self._ids[site] for site in there}, self._life)
+            content, kind = pack(text, arrays), _TYPES.get(task.name, MessageType.QUERY)
+            messages = [Message(content, where[site], kind, group_id=str(task.round)) for site in there]
+            errands = [Errand(ticket, site, None) for site in there]
+            self._open.update(zip(self._grid.push_messages(messages), errands, strict=True))
+        for site in sites:
+            if site not in where:
+                reason = f"{site}: its node has left the federation"
+                self._aside.append(Reply(site, Status.FAILED, reason=reason, ticket=ticket))
+
+    def _go_on(self) -> None:
+        """Push what waited for a site that is free now."""
+        busy, waiting = {errand.site for errand in self._open.values()}, list(self._behind)
+        self._behind.clear()
+        for errand in waiting:
+            if errand.site in busy or errand.task is None:
+                self._behind.append(errand)
+            else:
+                self._push(errand.ticket, errand.task, [errand.site])
+            busy.add(errand.site)
+
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """Replies as they arrive."""
+        pause = _Pause(timeout)
+        while True:
+            at = next((at for at, reply in enumerate(self._aside) if ticket in (None, reply.ticket)), None)
+            if at is not None:
+                yield self._aside.pop(at)
+                continue
+            if all(ticket not in (None, errand.ticket) for errand in (*self._open.values(), *self._behind)):
+                return
+            if self._pull():
+                pause.reset()
+                self._go_on()
+            elif not pause.wait():
+                return
+
+    def _pull(self) -> bool:
+        """Put what has come aside; whether that is anything."""
+        messages = list(self._grid.pull_messages(list(self._open)))
+        found = False
+        while messages:
+            message = messages.pop()
+            errand = self._open.pop(message.metadata.reply_to_message_id, None)
+            if errand is not None:
+                found = True
+                self._aside.append(replace(_read(errand, message), ticket=errand.ticket))
+        return found
+
+    def cancel(self, ticket: int) -> None:
+        """Forget what is outstanding of a ticket; a node at work finishes for nobody."""
+        self._open = {sent: errand for sent, errand in self._open.items() if errand.ticket != ticket}
+        self._behind = deque(errand for errand in self._behind if errand.ticket != ticket)
+        self._aside = [reply for reply in self._aside if reply.ticket != ticket]
+        self._go_on()
+
+    def _await_sites(self, wait: float) -> None:
+        deadline = time.monotonic() + wait
+        while True:
+            self._meet(set(self._grid.get_node_ids()))
+            missing = sorted(set(self._ids) - set(self._nodes.values()))
+            if not missing:
+                return
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"all {len(self._ids)} sites must connect within {wait:g} s, got {len(self._ids) - len(missing)}; "
+                    f"missing are {', '.join(missing[:5])}. Start their nodes, or plan fewer sites."
+                    + "".join(f"\n  node {node}: {reason}" for node, reason in self._refusals.items())
+                )
+            time.sleep(_POLL[1])
+
+    def _await_any(self, count: int, wait: float) -> None:
+        deadline = time.monotonic() + wait
+        while True:
+            self._meet(set(self._grid.get_node_ids()))
+            names = sorted(filter(None, self._nodes.values()))
+            if len(names) == count and len(set(names)) == count:
+                self._ids = {name: index for index, name in enumerate(names)}
+                return
+            if len(names) > count or time.monotonic() >= deadline:
+                raise EngineError(
+                    f"as many sites must be connected as num_clients={count}, each with a name of its own, got "
+                    f"{len(names)}: {', '.join(names)}. Start the missing ones, set --num-clients, or name the sites."
+                    + "".join(f"\n  node {node}: {reason}" for node, reason in self._refusals.items())
+                )
+            time.sleep(_POLL[1])
+
+    def _meet(self, nodes: set[int]) -> None:
+        """Ask nodes that are new for the name of their site, and forget those that have left."""
+        self._nodes = {node: site for node, site in self._nodes.items() if node in nodes}
+        new = nodes - self._nodes.keys()
+        if not new:
+            return
+        for node, message in self._ask({"hello": 1}, sorted(new), _HELLO_SECONDS):
+            if message.has_error():  # it is asked again with the next look
+                self._refusals[node] = message.error.reason or f"error {message.error.code}"
+            else:
+                self._nodes[node] = _site_name(message)
+
+    def _ask(self, text: Mapping[str, int], nodes: Sequence[int], seconds: float) -> Iterator[tuple[int, Message]]:
+        """Ask nodes something that is no task; what they answer in time."""
+        content = pack(json.dumps(text), {})
+        sent = self._grid.push_messages([Message(content, node, MessageType.QUERY) for node in nodes])
+        asked, pause = dict(zip(sent, nodes, strict=True)), _Pause(seconds)
+        while asked:
+            for message in self._grid.pull_messages(list(asked)):
+                node = asked.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield node, message
+            if asked and not pause.wait():
+                return
+
+    def close(self) -> None:
+        """Let nodes that live on forget the run."""
+        if self._dismiss:
+            self._dismiss = False
+            for node, message in self._ask({"bye": 1}, [n for n, site in self._nodes.items() if site], _HELLO_SECONDS):
+                if message.has_error():
+                    _log.warning("%s keeps the run's process: %s", self._nodes[node], message.error.reason)
+
+    def describe(self) -> str:
+        """The engine in words."""
+        return self._what
+
+
+def _site_name(message: Message) -> str:
+    """The name that a node gave; none if it is no node of ours."""
+    try:
+        text, _ = unpack(message.content)
+        return str(json.loads(text)["site"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _read(errand: Errand, message: Message) -> Reply:
+    site = errand.site
+    if message.has_error():
+        reason = message.error.reason or f"error {message.error.code}"
+        return Reply(site, Status.FAILED, reason=f"{site}: {reason}")
+    try:
+        text, arrays = unpack(message.content)
+    except ValueError as error:
+        return Reply(site, Status.REJECTED, reason=f"{site}: {error}")
+    return read_answer(text, arrays, site, errand.ticket)
+
+
+class _Pause:
+    """Waits between two looks: longer and longer, until the time is over."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._seconds = _POLL[0]
+
+    def reset(self) -> None:
+        """Something came: look again soon."""
+        self._seconds = _POLL[0]
+
+    def wait(self) -> bool:
+        """Wait for the next look; false when the time is over."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return False
+        time.sleep(self._seconds)
+        self._seconds = min(2 * self._seconds, _POLL[1])
+        return True

@@ -1,0 +1,61 @@
+"""The process of one FLARE simulation: ``python -m sfl.engine.nvflare.simulate FOLDER [--flower]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+
+from sfl.engine import flower
+from sfl.engine.flower.app_folder import write_app
+from sfl.engine.launch import Launch
+from sfl.engine.nvflare.job import write_flower_job, write_job
+from sfl.engine.nvflare.policy import allow_components
+
+_MOST_PROCESSES = 16
+"""Up to so many sites keep a process each. More take turns, and FLARE starts one anew for every task: 2 s each."""
+
+
+_WAIT = 400.0  # seconds for the nodes to connect: FLARE starts them one after the other, on a machine that may be busy
+
+
+def simulate(launch: Launch, *, through_flower: bool = False) -> int:
+    """Run the job of ``launch`` in FLARE's simulator.
+
+    Args:
+        launch: The run.
+        through_flower: Whether FLARE carries Flower, which carries the job, instead of the job itself.
+
+    Returns:
+        The simulator's exit code.
+    """
+    if not through_flower:
+        launch.add_settings(keeper=os.getpid())
+    settings = launch.read_settings()
+    names = list(settings["names"])
+    what = f"NVIDIA FLARE simulator, {settings['workers']} workers"
+    place = launch.folder / "flare-job"
+    if through_flower:
+        hooks = str(Path(flower.__file__).parent / "hooks")  # FLARE starts Flower's processes, and they wait too long
+        os.environ["PYTHONPATH"] = os.pathsep.join([hooks, *filter(None, [os.environ.get("PYTHONPATH")])])
+        what = f"Flower in {what}"
+        launch.add_settings(wait=_WAIT)
+        job = write_flower_job(place, "sfl", write_app(launch.folder / "app", launch.folder, what), names)
+    else:
+        job = write_job(place, "sfl", launch.folder, names, what)
+    least = len(names) if through_flower else int(settings["workers"])  # a Flower node runs as long as the job
+    workspace = launch.folder / "flare"
+    allow_components(workspace / "local")
+    runner = SimulatorRunner(
+        job_folder=str(job),
+        workspace=str(workspace),
+        clients=",".join(names),
+        threads=min(len(names), max(least, _MOST_PROCESSES)),
+    )
+    return int(runner.run() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(simulate(Launch(Path(sys.argv[1])), through_flower="--flower" in sys.argv[2:]))

@@ -1,0 +1,62 @@
+"""The server's side of a job on a foreign engine: restore the recipe, run it, write down how it ended."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from sfl.client.base import BaseFederatedClient
+from sfl.engine.base import Engine
+from sfl.engine.launch import Launch
+from sfl.io.checkpoint import save_state
+from sfl.io.relay import EventWriter
+from sfl.io.tree import load_tree, write_text
+from sfl.recipe import Recipe
+from sfl.server.job import Job
+from sfl.server.session import run_job
+from sfl.utils.plain import restore
+
+__all__ = ["serve"]
+
+_LAST_WORDS = 20.0
+"""Seconds that all sites together get at the end of a run, for what their clients do then."""
+
+
+def serve(launch: Launch, engine: Callable[[], Engine]) -> None:
+    """Run the job of ``launch`` over an engine, in the engine's own server process.
+
+    Never raises: whatever goes wrong is written to the outcome, which the driver raises again.
+
+    Args:
+        launch: The folder in which driver and server meet.
+        engine: Connects to the sites; what it raises is part of the outcome.
+    """
+    try:
+        with EventWriter(launch.events) as relay:
+            settings = launch.read_settings()
+            recipe = restore(load_tree(launch.recipe), allow=launch.allowed())
+            if not isinstance(recipe, Recipe):
+                raise TypeError(f"{launch.recipe} must hold a recipe, got {type(recipe).__name__}.")
+            out = Path(settings["out"]) if settings["out"] else None
+            resume = bool(settings["resume"])
+
+            job = recipe.build()
+            with engine() as carrier:
+                try:
+                    result = run_job(job, lambda _job, _sites: carrier, out=out, resume=resume, observers=[relay])
+                finally:
+                    if _outlives(job):
+                        carrier.end_sites(_LAST_WORDS)
+            save_state(launch.final, result.state)
+        outcome = {"error": None, "reason": result.reason}
+    except Exception as error:  # noqa: BLE001 - handed to the driver, which raises it again
+        outcome = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+    write_text(launch.outcome, json.dumps(outcome, indent=1) + "\n")
+
+
+def _outlives(job: Job) -> bool:
+    """Whether a site's client holds something that does not end with its process, such as a script's own process."""
+    close = getattr(job.program.client, "close", BaseFederatedClient.close)
+    return close is not BaseFederatedClient.close

@@ -1,0 +1,151 @@
+"""What a run may spend, and how it says what it has spent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sfl.core.mechanism import DpEvent
+from sfl.errors import BudgetExhausted, ConfigError
+from sfl.privacy.accountant import Guarantee, Method, PrivacyAccountant, guarantees, worst_off
+
+__all__ = ["PrivacyBudget", "statement"]
+
+_WEAK = 20.0  # an ε past this bounds nothing that matters: odds may change by a factor of 5e8
+_UNITS = {
+    ("site", "add_remove"): "whether any one site took part, and with which data",
+    ("site", "replace_one"): "with which data any one site took part; not whether it did",
+    ("example", "add_remove"): "whether any one example was among a site's data",
+    ("example", "replace_one"): "which example stood in any one place of a site's data",
+}
+_ADJACENCY = {
+    "add_remove": "neighbours differ by adding or removing one {unit}",
+    "replace_one": "neighbours differ by replacing one {unit}'s data",
+}
+_ADVERSARY = {
+    "server_trusted": "it holds against everyone who sees the models; the server itself is trusted with each update",
+    "server_curious": "it holds against the server, too",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyBudget:
+    """The largest ε of a run, for each unit by itself.
+
+    Attributes:
+        delta: δ.
+        max_epsilon: The largest ε; infinite sets no limit.
+        accountant: ``"pld"`` or ``"prv"``.
+        dataset: Name of the data set whose runs are counted together; empty counts this run alone.
+    """
+
+    delta: float = 1e-5
+    max_epsilon: float = math.inf
+    accountant: Method = "pld"
+    dataset: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.max_epsilon > 0.0:
+            raise ConfigError(f"max_epsilon must be positive, got {self.max_epsilon}.")
+        self.make_accountant()
+
+    def make_accountant(self) -> PrivacyAccountant:
+        """An accountant at this δ."""
+        return PrivacyAccountant(delta=self.delta, method=self.accountant)
+
+    def check(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> None:
+        """Refuse ``events`` if they pass the budget together, and together with what ``earlier`` runs have spent.
+
+        Raises:
+            BudgetExhausted: If they do.
+        """
+        if math.isinf(self.max_epsilon):
+            return
+        for guarantee in self.spent(events, earlier):
+            if guarantee.epsilon > self.max_epsilon:
+                since = ", with earlier runs on the same data," if earlier else ""
+                raise BudgetExhausted(
+                    f"the next round would spend{since} ε = {guarantee.epsilon:.3g} for each {guarantee.unit}, "
+                    f"past the budget of {self.max_epsilon:g} (δ = {self.delta:g})"
+                )
+
+    def spent(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> list[Guarantee]:
+        """What ``events`` have spent, one guarantee for each unit and adversary.
+
+        With earlier runs, a unit may have been in the group that was worst off in each of them.
+        """
+        accountant = self.make_accountant()
+        if earlier:
+            events = [event for run in (*earlier, events) for event in worst_off(run, accountant)]
+        return guarantees(events, accountant)
+
+    def report(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> dict[str, Any]:
+        """The same for ``privacy.json``: figures, and the statement in words."""
+        total = self.spent(events, earlier) if earlier else []
+        return {
+            "statement": self.statement(events, earlier),
+            "guarantees": [_plain(guarantee) for guarantee in self.spent(events)],
+            "with_earlier_runs": [_plain(guarantee) for guarantee in total],
+            "dataset": self.dataset,
+            "budget": {"max_epsilon": _number(self.max_epsilon), "delta": self.delta},
+            "accountant": self.accountant,
+        }
+
+    def statement(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> list[str]:
+        """What was spent, in words; the last lines say what other runs have added."""
+        lines = [line for guarantee in self.spent(events) for line in statement(guarantee)]
+        if not lines:
+            return []
+        if not self.dataset:
+            return [*lines, "earlier runs on the same data are not counted: no --dataset-id names it"]
+        if not earlier:
+            return [*lines, f"no earlier private run on data set {self.dataset} is known here"]
+        runs = f"{len(earlier)} earlier run{'s' if len(earlier) != 1 else ''}"
+        return [
+            *lines,
+            *(
+                f"with {runs} on data set {self.dataset}: {_figure(total)} for each {total.unit}"
+                for total in self.spent(events, earlier)
+            ),
+        ]
+
+
+def statement(guarantee: Guarantee) -> list[str]:
+    """A guarantee in words, for a data-protection officer: the figure first, then what it depends on."""
+    if math.isinf(guarantee.epsilon):
+        head = f"privacy: no formal guarantee for a {guarantee.unit}: there was no noise that can be accounted"
+    else:
+        weak = " - too large to mean much" if guarantee.epsilon > _WEAK else ""
+        head = f"privacy: {_figure(guarantee)} for each {guarantee.unit}{weak}"
+    adjacency = _ADJACENCY[guarantee.adjacency].format(unit=guarantee.unit)
+    rounds = f"{guarantee.events} noisy release{'s' if guarantee.events != 1 else ''}"
+    return [
+        head,
+        f"hidden: {_UNITS[guarantee.unit, guarantee.adjacency]}; {adjacency}",
+        f"{_ADVERSARY[guarantee.adversary]}; {rounds}; sampling: {'; '.join(guarantee.sampling)}",
+    ]
+
+
+def _figure(guarantee: Guarantee) -> str:
+    if math.isinf(guarantee.epsilon):
+        return "no formal guarantee"
+    return f"ε = {_up(guarantee.epsilon):.3g} at δ = {guarantee.delta:g}"
+
+
+def _up(value: float) -> float:
+    """To three digits, never below."""
+    if value <= 0.0:
+        return value
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / step - 1e-9) * step
+
+
+def _plain(guarantee: Guarantee) -> dict[str, Any]:
+    return {**asdict(guarantee), "epsilon": _number(guarantee.epsilon)}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no infinity."""
+    return None if math.isinf(value) else value

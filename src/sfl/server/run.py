@@ -1,0 +1,369 @@
+"""What every way of running a job needs: exchanges that leave no reply out, events, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sfl.core import arrays, check
+from sfl.core.aggregator import Aggregator, sum_dtype
+from sfl.core.algorithm import Algorithm, ServerState
+from sfl.core.events import (
+    AggregationFinished,
+    AggregationStarted,
+    BestModelSelected,
+    Event,
+    Observer,
+    RoundFinished,
+    RunStarted,
+    SiteFinished,
+    SiteLogged,
+    StageStarted,
+)
+from sfl.core.task import EVALUATE, FIT, SERVER, Reply, Status, Task, Update
+from sfl.engine.base import Engine
+from sfl.errors import CompositionError, RoundError, UpdateError
+from sfl.privacy.ledger import Ledger
+from sfl.server.callbacks import RunView, tell
+from sfl.server.job import Job
+from sfl.types import Metrics, Parameters, StateTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run leaves behind. Nothing here can change its numbers.
+
+    Attributes:
+        observers: Called with every event, in order.
+        save: Called with every new state: the checkpoint.
+        ledger: Charged before every exchange that spends privacy.
+    """
+
+    observers: Sequence[Observer] = ()
+    save: Callable[[ServerState], object] | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+class Run:
+    """One run of a job over an engine.
+
+    Raises:
+        CompositionError: If the engine's sites are too few, or too many for a private job.
+    """
+
+    def __init__(self, job: Job, engine: Engine, hooks: Hooks) -> None:
+        self.job, self.engine, self.hooks = job, engine, hooks
+        self.clients = engine.clients()
+        planned = job.federation.num_clients
+        if job.mechanisms and len(self.clients) > planned:
+            raise CompositionError(
+                f"num_clients of the federation must count every site under a mechanism, got {planned} "
+                f"and an engine with {len(self.clients)}. Set num_clients of the federation."
+            )
+        minimum = job.federation.min_available_clients
+        if len(self.clients) < minimum:
+            raise CompositionError(
+                f"an engine must offer at least min_available_clients={minimum} sites, got {len(self.clients)}. "
+                "Lower it, or give the environment more sites."
+            )
+        self.sites: list[SiteFinished] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.sent = self.received = 0
+        self._memories: list[dict[str, StateTree]] = [{} for _ in job.callbacks]
+        self._state: ServerState | None = None
+        self._stopped = ""
+
+    def begin(self, state: ServerState | None) -> ServerState:
+        """The state to start from: the given one, or round 0, evaluated and saved. Announces the run."""
+        begun = state is None
+        if state is None:
+            state = self.job.algorithm.init(self.job.initial())
+            sent = self.job.program.chain.sends(dict(state.parameters))
+            state = replace(state, mechanisms=self.job.server_chain.init(sent))
+        for memory, kept in zip(self._memories, state.callbacks, strict=False):
+            memory.update(copy.deepcopy(kept) if isinstance(kept, dict) else {})
+        if isinstance(self.job.algorithm, Algorithm):
+            state = self.job.algorithm.joined(state, self.clients)
+        self.look_at(state)
+        self._announce(state)
+        return self.close_round(state, {}, evaluate=self.job.evaluates(state.round)) if begun else state
+
+    def _announce(self, state: ServerState) -> None:
+        self.emit(
+            RunStarted(
+                job=self.job.name,
+                clients=tuple(self.clients),
+                rounds=self.job.federation.num_rounds,
+                done=state.round,
+                num_parameters=arrays.num_parameters(state.parameters),
+                nbytes=arrays.nbytes(state.parameters),
+                engine=self.engine.describe(),
+            )
+        )
+
+    def look_at(self, state: ServerState) -> None:
+        """What callbacks see from now on."""
+        if self.job.callbacks:
+            self._state = replace(state, parameters=arrays.read_only(state.parameters))
+
+    def gather(self, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
+        """One exchange and its aggregate. Time inside the engine is the stage's, the rest is aggregation.
+
+        Raises:
+            RoundError: If fewer than ``min_available_clients`` sites sent what can be used.
+        """
+        mean = MetricsMean()
+        started, before = time.perf_counter(), self.seconds[task.name]
+        updates = self._began(task, mean.watch(self.usable(task, cohort)))
+        try:
+            aggregate = aggregated(self.job.aggregator, updates)
+        except RoundError as error:
+            if self._sums_nothing(cohort, mean.count):
+                return Update(SERVER, _zeros(self._sendable(task)), 0.0), {}
+            if mean.count >= self.job.federation.min_available_clients:  # the aggregator's own reason
+                raise
+            raise RoundError(self._shortfall(task, mean.count)) from error
+        self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
+        if not self._may_be_few(cohort):
+            self.check_enough(task, mean.count)
+        if self.job.server_chain.transforms:  # a name that nobody sent is noised, too: which were sent must not show
+            expected = self._sendable(task)
+            whole = _zeros(expected) | aggregate.delta
+            aggregate = replace(aggregate, delta={name: whole[name] for name in expected})
+        return aggregate, self.job.derive(mean.result())
+
+    def _sendable(self, task: Task) -> Parameters:
+        """What updates may hold, as arrays like it."""
+        return self.job.program.chain.sends(dict(task.parameters))
+
+    def _may_be_few(self, cohort: Sequence[str]) -> bool:
+        """Whether fewer updates than the minimum make a round: few were drawn, or, under a mechanism, any sample was
+        drawn: whether somebody in it failed must not show.
+        """
+        few = len(cohort) < self.job.federation.min_available_clients
+        return self.job.federation.sampling == "poisson" and (few or bool(self.job.mechanisms))
+
+    def _sums_nothing(self, cohort: Sequence[str], count: int) -> bool:
+        """Whether a sum of no updates is what was asked for."""
+        return count == 0 and self._may_be_few(cohort) and (not cohort or bool(self.job.mechanisms))
+
+    def check_enough(self, task: Task, count: int) -> None:
+        """Whether ``count`` usable updates make a round.
+
+        Raises:
+            RoundError: If not, with what became of the others.
+        """
+        if count < self.job.federation.min_available_clients:
+            raise RoundError(self._shortfall(task, count))
+
+    def finished_aggregation(self, state: ServerState, count: int) -> None:
+        """Say that there is a new global model."""
+        self.look_at(state)
+        self.emit(AggregationFinished(round=state.round, num_updates=count))
+
+    def _began(self, task: Task, updates: Iterator[Update]) -> Iterator[Update]:
+        for number, update in enumerate(updates):
+            if number == 0:
+                self.emit(AggregationStarted(round=task.round))
+            yield update
+            del update
+
+    def usable(self, task: Task, cohort: Sequence[str]) -> Iterator[Update]:
+        """The usable updates in site order; every planned site is recorded, whatever became of it."""
+        self.announce_task(task, cohort)
+        expected = self._sendable(task)
+        replies = self.engine.exchange(task, cohort, self.job.federation.round_timeout or None)
+        while True:
+            started = time.perf_counter()
+            try:
+                reply = next(replies, None)
+            finally:
+                self.seconds[task.name] += time.perf_counter() - started
+            if reply is None:
+                return
+            reply = screened(reply, task, expected)
+            self.record(task, reply)
+            if reply.update is not None:
+                yield reply.update
+            del reply  # what it holds is let go before the next site works
+
+    def announce_task(self, task: Task, cohort: Sequence[str]) -> None:
+        """A task goes out; the figure of a round is what it sends to train."""
+        self.emit(StageStarted(round=task.round, stage=task.name, cohort=tuple(cohort)))
+        if task.name != EVALUATE:
+            self.sent += len(cohort) * arrays.nbytes(task.parameters)
+
+    def record(self, task: Task, reply: Reply) -> None:
+        """Note and say how a planned site ended a task."""
+        update, nbytes = reply.update, reply.nbytes
+        self.received += nbytes
+        if reply.logs:
+            self.emit(SiteLogged(round=task.round, site=reply.site, lines=reply.logs))
+        finished = SiteFinished(
+            round=task.round,
+            stage=task.name,
+            site=reply.site,
+            status=reply.status,
+            reason=reply.reason,
+            details=reply.details,
+            seconds=reply.seconds,
+            nbytes=nbytes,
+            num_examples=update.weight if update is not None else 0.0,
+            metrics=self.job.derive(update.metrics) if update is not None else {},
+        )
+        self.sites.append(finished)
+        self.emit(finished)
+
+    def score_received(self, state: ServerState, fit: Metrics) -> ServerState:
+        """What sites report as they train may describe the model that they were sent."""
+        return self._scored(state, fit) if self.job.selection.received else state
+
+    def _scored(self, state: ServerState, figures: Metrics) -> ServerState:
+        best = self.job.selection.better(state.best, state.round, figures)
+        if not isinstance(best, dict):
+            return state
+        self.emit(BestModelSelected(round=state.round, metric=str(best["metric"]), value=figures[str(best["metric"])]))
+        return replace(state, best=best)
+
+    def close_round(self, state: ServerState, fit: Metrics, *, evaluate: bool) -> ServerState:
+        """Evaluate the new global model, say what happened, then checkpoint.
+
+        The figures are written before the checkpoint: a run killed between the two repeats the round, and a resume
+        drops figures of rounds that no checkpoint holds.
+        """
+        self.look_at(state)
+        evaluation, central = self._evaluate(state) if evaluate else ({}, {})
+        state = self._scored(state, {**evaluation, **central})
+        self.look_at(state)
+        self.emit(
+            RoundFinished(
+                round=state.round,
+                fit=fit,
+                evaluation=evaluation,
+                central=central,
+                sites=tuple(self.sites),
+                seconds=dict(self.seconds),
+                bytes_down=self.sent,
+                bytes_up=self.received,
+            )
+        )
+        self.sites, self.sent, self.received = [], 0, 0
+        self.seconds.clear()
+        state = replace(state, callbacks=copy.deepcopy(self._memories), stopped=self._stopped)
+        if self.hooks.save is not None:
+            with self.timed("checkpoint"):
+                self.hooks.save(state)
+        return state
+
+    def _evaluate(self, state: ServerState) -> tuple[Metrics, Metrics]:
+        parameters = arrays.read_only(state.parameters)
+        task = Task(EVALUATE, state.round, parameters, {"seed": self.job.federation.seed})
+        mean = MetricsMean()
+        if self.job.program.share_metrics:
+            for _ in mean.watch(self.usable(task, self.clients)):
+                pass
+        central: Metrics = {}
+        if self.job.central is not None:
+            with self.timed("central"):
+                central = self.job.derive(self.job.central(parameters))
+        return self.job.derive(mean.result()), central
+
+    def _shortfall(self, task: Task, got: int) -> str:
+        minimum = self.job.federation.min_available_clients
+        unused = [s for s in self.sites if s.stage == task.name and s.status is not Status.USED]
+        reasons = [s.reason if s.reason.startswith(s.site) else f"{s.site}: {s.reason or s.status}" for s in unused]
+        listed = "\n  ".join(reasons)
+        return (
+            f"round {task.round} must have at least {minimum} usable updates, got {got} of "
+            f"{got + len(reasons)}. Mend the sites below or lower min_available_clients.\n  {listed}"
+        )
+
+    def emit(self, event: Event) -> None:
+        """Tell observers, then callbacks."""
+        for observer in self.hooks.observers:
+            observer(event)
+        if self._state is not None:
+            for callback, memory in zip(self.job.callbacks, self._memories, strict=True):
+                rounds = self.job.federation.num_rounds
+                view = RunView(self.job.name, tuple(self.clients), rounds, self._state, memory, self._stop)
+                tell(callback, view, event)
+
+    def _stop(self, reason: str) -> None:
+        self._stopped = self._stopped or reason
+
+    @contextmanager
+    def timed(self, phase: str) -> Generator[None]:
+        """Add the time of a block to a phase of the round."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
+
+def _zeros(parameters: Parameters) -> Parameters:
+    return {name: np.zeros(value.shape, sum_dtype(value)) for name, value in parameters.items()}
+
+
+def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
+    """The server's own look: nothing that breaks the contract reaches an aggregator, whoever sent it.
+
+    Args:
+        reply: What arrived.
+        task: What it answers.
+        expected: What an update of it may hold.
+    """
+    update = reply.update
+    if reply.status is not Status.USED:
+        return replace(reply, update=None)
+    try:
+        if update is None or update.site != reply.site:
+            raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
+        if task.name in (FIT, EVALUATE):
+            check.check_update(update, expected, known_finite=reply.known_finite)
+        else:  # a task of a workflow's own answers with what arrays it likes
+            check.check_arrays(update)
+        check.check_metrics(update.site, update.metrics)
+    except UpdateError as error:
+        return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds)
+    return reply
+
+
+def _whose(update: Update | None) -> str:
+    return "none" if update is None else f"that of {update.site!r}"
+
+
+def aggregated(aggregator: Aggregator, updates: Iterable[Update]) -> Update:
+    """The aggregate; an aggregator that looks at individuals is given copies that it may keep."""
+    if aggregator.needs == "individual":
+        updates = [replace(update, delta=arrays.copy(update.delta)) for update in updates]
+    return aggregator.aggregate(updates)
+
+
+class MetricsMean:
+    """Weighted mean of what the used sites reported; a figure that a site left out counts only where it is."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._weights: defaultdict[str, float] = defaultdict(float)
+
+    def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
+        """Pass updates on, and look at each."""
+        for update in updates:
+            self.count += 1
+            for name, value in update.metrics.items():
+                self._sums[name] += update.weight * value
+                self._weights[name] += update.weight
+            yield update
+            del update
+
+    def result(self) -> Metrics:
+        """The means."""
+        return {name: total / self._weights[name] for name, total in self._sums.items()}

@@ -1,0 +1,166 @@
+"""What travels with a job for provisioned sites, and what a site lets it name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scripts import EXAMPLES, LOOP, recipe, write
+from sfl.client.script_code import placed, script_files, unplaced
+from sfl.engine.launch import Launch
+from sfl.engine.nvflare.carried import carried_by_server, carried_by_site, given_launch
+from sfl.env.carry import Cargo, carried_settings
+from sfl.env.production import export_job
+from sfl.errors import ConfigError, EngineError
+from sfl.recipe import FedAvgRecipe, Recipe
+from sfl.server.app import sum_recipe
+from sfl.utils.plain import restore
+from test_engines import remembers
+
+
+def cargo(subject: Recipe) -> Cargo:
+    return Cargo.of(subject, subject.build())
+
+
+def test_a_script_brings_what_it_imports_from_beside_it_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, "import numpy\nimport pkg.a\ndef late():\n    from alone import x\n")
+    write(tmp_path, "from .a import y", "pkg/__init__.py")
+    write(tmp_path, "import deep.m, sys, sfl", "pkg/a.py")
+    write(tmp_path, "import not_there", "deep/m.py")
+    write(tmp_path, "x = 1", "alone.py")
+    write(tmp_path, "x = 1", "unused.py")
+    write(tmp_path, "an installed package wins over a folder of notes", "torch/notes.txt")
+    found = script_files(tmp_path / "train.py")
+    assert sorted(found) == [f"train-script/{name}" for name in ("alone.py", "deep", "pkg", "train.py")]
+    assert found["train-script/pkg"] == tmp_path / "pkg"
+
+
+@pytest.mark.parametrize("text", ["def f(:", None])
+def test_a_script_that_is_no_python_is_refused_before_anything_starts(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "train.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"what it imports must be Python, got .*train\.py"):
+        script_files(path)
+
+
+def test_a_script_job_travels_without_paths_of_this_machine(tmp_path: Path) -> None:
+    script = write(tmp_path, LOOP)
+    load = cargo(recipe(script, train_args="a b"))
+    launch = Launch(tmp_path / "launch")
+    launch.folder.mkdir()
+    load.write(launch, {"names": []})
+    assert str(tmp_path) not in launch.program.read_text()
+    assert str(tmp_path).encode() not in launch.recipe.read_bytes()
+    program = placed(unplaced(load.program), Path("/job/custom"))
+    assert program.kwargs["script"]["path"] == "/job/custom/train-script/train.py"
+    assert unplaced(program) == load.program
+    assert placed(cargo(sum_recipe()).program, tmp_path) == sum_recipe().build().program
+
+
+def test_initial_parameters_are_made_where_the_job_is_submitted(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(3.0)}, tmp_path / "start.pt")
+    script = write(tmp_path, LOOP)
+    given = FedAvgRecipe(name="job", min_clients=1, initial_ckpt=str(tmp_path / "start.pt"), train_script=script)
+    carried = cargo(given).recipe
+    (tmp_path / "start.pt").unlink()
+    assert np.array_equal(carried.build().initial()["w"], np.arange(3.0, dtype=np.float32))
+    assert carried.build().program.kwargs["script"]["params_format"] == "pytorch"
+
+
+def test_a_clients_own_module_travels_and_a_job_of_ours_has_no_code() -> None:
+    assert list(cargo(remembers()).code) == ["engine_clients.py"]
+    assert cargo(sum_recipe()).code == {}
+
+
+def exported(subject: Recipe, folder: Path) -> Path:
+    return export_job(subject, folder, ("site-1", "site-2"))
+
+
+class Context:
+    """A site's FLARE context, as far as it is asked."""
+
+    def __init__(self, workspace: Any, byoc: bool, job: str = "0a") -> None:
+        from nvflare.apis.fl_constant import FLContextKey  # noqa: TID251 - stands in for a site of FLARE
+
+        self.props = {FLContextKey.WORKSPACE_OBJECT: workspace, FLContextKey.JOB_META: {"byoc": byoc}}
+        self.job = job
+
+    def get_prop(self, key: str) -> Any:
+        return self.props.get(key)
+
+    def get_job_id(self) -> str:
+        return self.job
+
+
+def deployed(job: Path, app: str, root: Path) -> Any:
+    from nvflare.apis.workspace import Workspace  # noqa: TID251 - stands in for a site of FLARE
+
+    (root / "startup").mkdir(parents=True)
+    (root / "local").mkdir()
+    workspace = Workspace(str(root), site_name="site-1" if app == "site_app" else "server")
+    (job / app).rename(root / "moved")
+    target = Path(workspace.get_app_dir("0a"))
+    target.parent.mkdir(parents=True)
+    (root / "moved").rename(target)
+    return workspace
+
+
+def test_on_a_site_a_script_is_named_only_by_code_that_flare_let_in(tmp_path: Path) -> None:
+    """FLARE's own mark on the job counts, and that the code is there: neither alone is enough."""
+    job = exported(recipe(write(tmp_path, LOOP)), tmp_path / "job")
+    workspace = deployed(job, "site_app", tmp_path / "site")
+    launch = carried_by_site(Context(workspace, byoc=True))
+    script = launch.read_program().kwargs["script"]["path"]
+    assert Path(script).read_text() == (tmp_path / "train.py").read_text()
+    assert Path(script).is_relative_to(workspace.get_app_custom_dir("0a"))
+    with pytest.raises(ConfigError, match="a described name must be one of"):
+        carried_by_site(Context(workspace, byoc=False)).read_program()
+    Path(workspace.get_app_custom_dir("0a")).rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="a described name must be one of"):
+        carried_by_site(Context(workspace, byoc=True)).read_program()
+
+
+def test_on_the_server_a_job_without_code_may_not_name_a_model_to_make(tmp_path: Path) -> None:
+    from sfl.io.tree import load_tree
+
+    job = exported(recipe(write(tmp_path, LOOP)), tmp_path / "job")
+    launch = carried_by_server(Context(deployed(job, "server_app", tmp_path / "server"), byoc=False))
+    with pytest.raises(ConfigError, match=r"got 'sfl\.train\.model_source:ModelSource'"):
+        restore(load_tree(launch.recipe), allow=launch.allowed())
+
+
+def test_a_run_id_comes_from_the_job_and_cannot_lead_elsewhere(tmp_path: Path) -> None:
+    workspace = deployed(exported(sum_recipe(), tmp_path / "job"), "site_app", tmp_path / "site")
+    one = Path(carried_by_site(Context(workspace, byoc=False)).read_settings()["sites"])
+    assert one.parent.parent == tmp_path / "site" / "sfl-runs"
+    launch = carried_by_site(Context(workspace, byoc=False))
+    launch.add_settings(run="../../elsewhere")
+    with pytest.raises(EngineError, match="a run id must be 32 hexadecimal digits"):
+        carried_by_site(Context(workspace, byoc=False))
+    with pytest.raises(EngineError, match="must have a workspace"):
+        carried_by_site(Context(None, byoc=False))
+
+
+def test_a_provisioned_process_takes_no_launch_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("_SFL_RUN", raising=False)
+    with pytest.raises(EngineError, match="must carry its launch, got the name of a folder"):
+        given_launch("/tmp")
+
+
+def test_an_exported_job_says_nothing_of_this_machine(tmp_path: Path) -> None:
+    job = exported(recipe(str(EXAMPLES / "train_numpy.py")), tmp_path / "mine")
+    meta = json.loads((job / "meta.json").read_text())
+    assert (meta["name"], meta["mandatory_clients"]) == ("mine", ["site-1", "site-2"])
+    assert not (job / "site_app" / "config" / "sfl" / "recipe.safetensors").exists()
+    texts = b"".join(path.read_bytes() for path in job.rglob("*") if path.is_file() and "custom" not in path.parts)
+    for word in (str(tmp_path), str(EXAMPLES), str(Path.home())):
+        assert word.encode() not in texts
+    with pytest.raises(ConfigError, match="output must be a new or empty folder"):
+        exported(sum_recipe(), tmp_path / "mine")
+    assert carried_settings(sum_recipe().build(), "cpu")["devices"] == ["cpu"]
