@@ -8,11 +8,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# Torch makes this folder wherever a test first imports its compiler; some tests look at what is left behind.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / "sfl-tests-torchinductor")
 
 settings.register_profile("sfl", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("sfl")

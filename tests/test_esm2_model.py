@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +134,15 @@ def test_an_odd_configuration_is_a_clear_error(tmp_path: Path, odd: dict[str, ob
     (tmp_path / "model.safetensors").symlink_to(bundled_folder() / "model.safetensors")
     with pytest.raises(ModelError, match=r"^model "):
         load_model(find_model(str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_what_torch_leaves_behind_lies_in_the_users_cache(tmp_path: Path) -> None:
+    temporary, cache = tmp_path / "tmp", tmp_path / "cache"
+    temporary.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    environment |= {"TMPDIR": str(temporary), "XDG_CACHE_HOME": str(cache)}
+    code = "from sfl.esm2.model import find_model, load_model; load_model(find_model('bundled'))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert list(temporary.iterdir()) == []
+    assert (cache / "sfl" / "torchinductor").is_dir()

@@ -11,6 +11,7 @@ from sfl.errors import MissingExtraError, ModelError
 from sfl.esm2.alphabet import TOKENS
 from sfl.io.tree import writing
 from sfl.train.hub import hub_refusal, is_offline
+from sfl.utils.cache import keep_torch_in_cache
 
 if TYPE_CHECKING:
     from transformers import EsmForMaskedLM
@@ -147,6 +148,7 @@ def _hub_answers(name: str) -> bool:
 
 
 def _transformers() -> Any:
+    keep_torch_in_cache()
     try:
         import transformers
     except ImportError as error:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfl.errors import LedgerError
+from sfl.utils.cache import user_cache
 
 __all__ = ["check_anchor", "ledgers_folder", "note_anchor"]
 
@@ -17,8 +18,7 @@ _LOG = logging.getLogger("sfl.privacy")
 
 def ledgers_folder() -> Path:
     """In the user's cache: ``$XDG_CACHE_HOME/sfl/ledgers``."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "sfl" / "ledgers"
+    return user_cache() / "ledgers"
 
 
 def check_anchor(ledger: str, hashes: Sequence[str], path: Path) -> None:
