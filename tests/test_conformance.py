@@ -18,6 +18,16 @@ from sfl.core.aggregator import Aggregator, Sum, WeightedMean
 from sfl.core.task import SERVER, Update
 from sfl.core.transform import Chain, Divide, Transform, chain
 from sfl.errors import RoundError, SflError
+from sfl.privacy.filters import (
+    ErrorFeedback,
+    ExcludeLayers,
+    FreezeLayers,
+    PercentileFilter,
+    PrivateTopK,
+    RandomK,
+    SparseVector,
+    TopK,
+)
 from sfl.types import Parameters, StateTree
 
 Edge = Literal["passes", "raises", "absorbs"]
@@ -115,6 +125,9 @@ class Bound(Drop):
         return replace(update, delta=arrays.scale(update.delta, min(1.0, 0.999 / max(norm, 1e-12)))), state
 
 
+PRIVATE = PrivateTopK(epsilon=1.0, share=0.2, gamma=2.0)
+SPARSE = SparseVector(epsilon=1.0, count=3, threshold=1.0, gamma=2.0)
+
 TRANSFORMS: dict[str, TransformCase] = {
     "identity": TransformCase(make=Chain, not_finite="passes", dtypes=("f2", "f4", "f8", "i8")),
     "divide": TransformCase(make=lambda: Divide(3), not_finite="passes", dtypes=("f2", "f4", "f8")),
@@ -122,6 +135,25 @@ TRANSFORMS: dict[str, TransformCase] = {
     "drop": TransformCase(make=Drop, not_finite="passes", dtypes=("f2", "f4", "f8", "i8")),
     "thin": TransformCase(make=Thin, not_finite="raises"),
     "bound": TransformCase(make=Bound, not_finite="absorbs", bound=1.0),
+    "exclude": TransformCase(
+        make=lambda: ExcludeLayers((1, "head")), not_finite="passes", dtypes=("f2", "f4", "f8", "i8")
+    ),
+    "freeze": TransformCase(make=lambda: FreezeLayers(("*.bias",)), not_finite="passes", dtypes=("f4", "i8")),
+    "percentile": TransformCase(
+        make=lambda: PercentileFilter(50.0, 4.0), not_finite="raises", dtypes=("f2", "f4", "f8", "i8")
+    ),
+    "fixed k": TransformCase(make=lambda: PercentileFilter(90.0, fixed_k=True), not_finite="raises"),
+    "top k": TransformCase(make=lambda: TopK(0.2), not_finite="raises", dtypes=("f2", "f4", "f8", "i8")),
+    "random k": TransformCase(make=lambda: RandomK(0.99), not_finite="passes", dtypes=("f4", "f8", "i8")),
+    "top k, feedback": TransformCase(make=lambda: ErrorFeedback(TopK(0.2)), not_finite="raises"),
+    "random k, feedback": TransformCase(make=lambda: ErrorFeedback(RandomK(0.5, unbiased=False)), not_finite="raises"),
+    "private top k": TransformCase(
+        make=lambda: chain(PRIVATE.clip(), PRIVATE.noise()), not_finite="raises", secret=True, zero_stays=False
+    ),
+    "sparse vector": TransformCase(
+        make=lambda: chain(SPARSE.clip(), SPARSE.noise()), not_finite="raises", secret=True, zero_stays=False
+    ),
+    "clamp": TransformCase(make=PRIVATE.clip, not_finite="raises", bound=2.0 * 46**0.5),
     "chain": TransformCase(make=lambda: chain(Thin(), Halve(), Drop(), Bound()), not_finite="raises", bound=1.0),
 }
 

@@ -56,7 +56,8 @@ class Recipe(ABC):
         federation: Sites, rounds, sampling, seed, workers.
         client_kwargs: Arguments of the client.
         aggregator: How updates become one.
-        transforms: What an update passes on its site, in order.
+        transforms: What an update passes on its site before the mechanisms, in order.
+        released: What it passes after them: post-processing of what is private by then, such as compression.
         mechanisms: Differential privacy; the order is that of the sites.
         budget: Ends the run before a round that would pass it, and says at which δ what was spent is reported.
         central: The global model's figures on global held-out data.
@@ -78,6 +79,7 @@ class Recipe(ABC):
     client_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     aggregator: Aggregator = field(default_factory=WeightedMean)
     transforms: tuple[Transform, ...] = ()
+    released: tuple[Transform, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
     budget: PrivacyBudget | None = None
     central: Callable[[Parameters], Metrics] | None = None
@@ -122,6 +124,11 @@ class Recipe(ABC):
             (self.budget or PrivacyBudget()).make_accountant().require()
         if isinstance(algorithm, Algorithm):
             self._check_private(algorithm)
+        if self.released and any(m.on_sum and m.placement == "local" for m in self.mechanisms):
+            raise CompositionError(
+                f"nothing may follow noise that is shared out among the sites, got {type(self.released[0]).__name__}: "
+                "what one site leaves out, another's noise would not hide. Put it among the transforms."
+            )
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
@@ -135,7 +142,7 @@ class Recipe(ABC):
             program=SiteProgram(
                 client=self.client,
                 kwargs=self.client_kwargs,
-                chain=chain(*self.transforms, *halves),
+                chain=chain(*self.transforms, *halves, *self.released),
                 fixed_weight=1.0 if private or self.federation.weighting == "equal" else None,
                 share_metrics=not private,
                 callbacks=self.site_callbacks,

@@ -11,7 +11,7 @@ import numpy as np
 
 from sfl.core.task import Update
 from sfl.errors import CompositionError, ConfigError
-from sfl.types import Config, Parameters, StateTree
+from sfl.types import Config, Metrics, Parameters, StateTree
 
 
 class Transform(ABC):
@@ -44,6 +44,18 @@ class Transform(ABC):
         It follows from the configuration alone, never from data: noise is added to all of it, whoever sent what.
         """
         return parameters
+
+    def figures(self, update: Update) -> Metrics:  # noqa: ARG002
+        """What the server may say of an update that arrived: it follows from the update alone."""
+        return {}
+
+    def remarks(self, figures: Metrics) -> list[str]:  # noqa: ARG002
+        """What a person should know of a round with these figures, on average over its sites."""
+        return []
+
+    def caveat(self) -> str:
+        """What it may be taken to promise and does not, for the run's statement; empty if nothing."""
+        return ""
 
     def tells(self, state: StateTree) -> Config:  # noqa: ARG002
         """Scalars that a server's half sends to its sites' halves, with the next task."""
@@ -106,6 +118,14 @@ class Chain(Transform):
         for transform in self.transforms:
             parameters = transform.sends(parameters)
         return parameters
+
+    def figures(self, update: Update) -> Metrics:
+        """All of theirs."""
+        return {name: value for transform in self.transforms for name, value in transform.figures(update).items()}
+
+    def remarks(self, figures: Metrics) -> list[str]:
+        """All of theirs."""
+        return [line for transform in self.transforms for line in transform.remarks(figures)]
 
     def tells(self, state: StateTree) -> Config:
         """All of theirs."""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -25,7 +26,8 @@ import psutil
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from sfl.core.task import Reply, Status
+from sfl.core import sparse
+from sfl.core.task import FIT, Reply, Status
 from sfl.engine.host import SiteHost
 from sfl.engine.launch import Launch
 from sfl.engine.wire import pack_reply, unpack_task
@@ -225,7 +227,10 @@ def _answer(host: SiteHost, site: str, text: str, arrays: bytes) -> tuple[str, b
         order = unpack_task(text, load(arrays), site)
     except (EngineError, SafetensorError) as error:
         return pack_reply(_exchange_of(text), Reply(site, Status.FAILED, reason=str(error)))[0], save({})
-    answer, delta = pack_reply(order.exchange, host.run(site, order))
+    reply = host.run(site, order)
+    if reply.update is not None and order.task.name == FIT:
+        reply = replace(reply, update=replace(reply.update, delta=sparse.packed(reply.update.delta)))
+    answer, delta = pack_reply(order.exchange, reply)
     return answer, save(dict(delta))
 
 

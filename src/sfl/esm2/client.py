@@ -17,7 +17,8 @@ from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.dataset import CleaningReport, FederatedProteins, federate_proteins, load_proteins, load_sites
 from sfl.esm2.masking import MaskedBatch, epoch, training_batches
 from sfl.esm2.model import ModelSource, load_model
-from sfl.train.module import lend_parameters, load_parameters, resident
+from sfl.privacy.filters.layers import chosen_layers, parse_layers
+from sfl.train.module import frozen, lend_parameters, load_parameters, resident
 from sfl.train.trainer import BatchLoss, Outcome, Trainer
 from sfl.types import ClientUpdate, Config, Evaluation, Metrics, Parameters
 
@@ -49,6 +50,7 @@ class ESM2Client(BaseFederatedClient):
         self.held_out = sample(
             [record.sequence for record in site.held_out], self.config.eval_proteins, self.seed, site.name
         )
+        self.frozen = parse_layers(config.privacy.freeze_layers)
         self.trainer = esm2_trainer(self.config)
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
@@ -64,7 +66,8 @@ class ESM2Client(BaseFederatedClient):
             steps=self.config.local_steps,
             generator=rng.public(self.seed, round, "esm2-train", self.site),
         )
-        outcome = self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site))
+        with frozen(module, chosen_layers(self.frozen, list(parameters))):
+            outcome = self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site))
         return lend_parameters(module), len(self.train), figures(outcome)
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfl.errors import ConfigError
+from sfl.privacy.filters.config import FilterConfig
 
 __all__ = ["DpMechanism", "DpMode", "PrivacyConfig"]
 
@@ -15,8 +16,8 @@ DpMechanism = Literal["gaussian", "banded-mf"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig:
-    """Protections of a run.
+class PrivacyConfig(FilterConfig):
+    """Protections of a run. Filters are those of ``FilterConfig``.
 
     Attributes:
         dp: Site-level differential privacy: clip each site's update, add Gaussian noise.
@@ -58,6 +59,7 @@ class PrivacyConfig:
     dataset_id: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rules = (
             ("dp_noise", self.dp_noise, 0.0 <= self.dp_noise < math.inf, "finite and 0 or more"),
             ("dp_clip", self.dp_clip, 0.0 < self.dp_clip < math.inf, "positive and finite"),
@@ -84,6 +86,8 @@ class PrivacyConfig:
 
     def _check_together(self) -> None:
         asked = [name for name in _WITH_DP if getattr(self, name) not in (None, False, "", "gaussian")]
+        if self.selects_privately:  # which has a budget, too
+            asked = [name for name in asked if name != "dp_max_epsilon"]
         if asked and not self.dp:
             raise ConfigError(f"{', '.join(asked)} must come with dp, got none. Add --dp.")
         if self.dp_bands is not None and self.dp_mechanism != "banded-mf":

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from sfl.core.mechanism import DpEvent, Mechanism
+from sfl.core.transform import Transform
 from sfl.errors import CompositionError
 from sfl.privacy.accountant import Guarantee
 from sfl.privacy.adaptive_clip import AdaptiveClip
@@ -13,6 +14,7 @@ from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.correlated import BandedMechanism
 from sfl.privacy.dp import GaussianMechanism, calibrate_noise_multiplier
+from sfl.privacy.filters.assembly import filters, selection
 from sfl.privacy.rules import check_together
 from sfl.privacy.shuffle import ShuffledGaussian
 from sfl.types import FederationConfig
@@ -30,10 +32,14 @@ class Protections:
     Attributes:
         mechanisms: In the order of the sites.
         budget: For the ledger; ``None`` without a mechanism.
+        transforms: Filters that an update passes before them.
+        released: Filters that it passes after them.
     """
 
     mechanisms: tuple[Mechanism, ...] = ()
     budget: PrivacyBudget | None = None
+    transforms: tuple[Transform, ...] = ()
+    released: tuple[Transform, ...] = ()
 
 
 def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Protections:
@@ -42,14 +48,26 @@ def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Pr
     Raises:
         CompositionError: If they cannot keep what they promise with this federation.
     """
-    if not config.dp:
-        return Protections()
+    transforms, released = filters(config)
     config = calibrated(config, federation)
+    mechanisms = all_mechanisms(config, federation)
+    if not mechanisms:
+        return Protections(transforms=transforms, released=released)
     limit = math.inf if config.dp_max_epsilon is None else config.dp_max_epsilon
     budget = PrivacyBudget(
         delta=config.dp_delta, max_epsilon=limit, accountant=config.dp_accountant, dataset=config.dataset_id
     )
-    return Protections((site_mechanism(config, federation),), budget)
+    return Protections(mechanisms, budget, transforms, released)
+
+
+def all_mechanisms(config: PrivacyConfig, federation: FederationConfig) -> tuple[Mechanism, ...]:
+    """Those that the options ask for, in the order of the sites: a site's own noise comes before the sum's.
+
+    Raises:
+        CompositionError: If they cannot keep what they promise with this federation.
+    """
+    own = [mechanism] if (mechanism := selection(config)) is not None else []
+    return (*own, site_mechanism(config, federation)) if config.dp else tuple(own)
 
 
 def calibrated(config: PrivacyConfig, federation: FederationConfig) -> PrivacyConfig:
@@ -72,13 +90,17 @@ def cost(config: PrivacyConfig, federation: FederationConfig) -> list[Guarantee]
     Raises:
         CompositionError: If a run would refuse them.
     """
-    check_together([site_mechanism(config, federation)], federation)
+    mechanisms = all_mechanisms(config, federation)
+    check_together(mechanisms, federation)
     budget = PrivacyBudget(delta=config.dp_delta, accountant=config.dp_accountant)
-    return budget.spent([_whole_run(config, federation)])
+    return budget.spent([_all_rounds(mechanism, federation) for mechanism in mechanisms])
 
 
 def _whole_run(config: PrivacyConfig, federation: FederationConfig) -> DpEvent:
-    mechanism = site_mechanism(config, federation)
+    return _all_rounds(site_mechanism(config, federation), federation)
+
+
+def _all_rounds(mechanism: Mechanism, federation: FederationConfig) -> DpEvent:
     event = mechanism.event(federation.planned_sites, federation.num_clients)
     return replace(event, count=math.ceil(federation.num_rounds / federation.turns))
 

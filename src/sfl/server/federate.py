@@ -51,10 +51,8 @@ def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hook
     except Exception as error:
         _tell_failure(run, 0 if state is None else state.round, error)
         raise
-    if job.mechanisms:
-        ledger = run.hooks.ledger
-        for line in job.accounting.statement(ledger.events, ledger.earlier()):
-            run.emit(Notice(text=line))
+    for line in job.statement(run.hooks.ledger):
+        run.emit(Notice(text=line))
     seconds = time.perf_counter() - started
     run.emit(RunFinished(rounds=state.round, seconds=seconds, reason=reason or state.stopped))
     return state
@@ -80,6 +78,8 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
         del task
         state = replace(algorithm.finish(state, aggregate), mechanisms=mechanisms)
         del aggregate
+    for text in job.program.chain.remarks(fit):
+        run.emit(Notice(text=text, level="warning"))
     used = sum(site.stage == FIT and site.status is Status.USED for site in run.sites)
     run.finished_aggregation(state, used)
     return run.close_round(state, fit, evaluate=job.evaluates(state.round))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sfl.client.site import SiteProgram
 from sfl.core.aggregator import Aggregator
 from sfl.core.algorithm import Algorithm
 from sfl.core.mechanism import Mechanism
-from sfl.core.transform import Chain
+from sfl.core.transform import Chain, flat
 from sfl.privacy.budget import PrivacyBudget
+from sfl.privacy.ledger import Ledger
 from sfl.server.callbacks import Callback
 from sfl.server.selection import Selection
 from sfl.types import FederationConfig, Metrics, Parameters
@@ -60,6 +61,24 @@ class Job:
     def accounting(self) -> PrivacyBudget:
         """At which δ, and with which accountant, what was spent is reported."""
         return self.budget or PrivacyBudget()
+
+    def caveats(self) -> list[str]:
+        """What the job's filters do not promise, in words."""
+        return [line for line in (transform.caveat() for transform in flat(self.program.chain.transforms)) if line]
+
+    @property
+    def has_statement(self) -> bool:
+        """Whether there is anything to say about privacy."""
+        return bool(self.mechanisms or self.caveats())
+
+    def statement(self, ledger: Ledger) -> list[str]:
+        """What was spent, in words, and what is not promised."""
+        return [*self.accounting.statement(ledger.events, ledger.earlier()), *self.caveats()]
+
+    def privacy_report(self, ledger: Ledger) -> dict[str, Any]:
+        """The same for ``privacy.json``."""
+        report = self.accounting.report(ledger.events, ledger.earlier())
+        return {**report, "statement": self.statement(ledger), "unproven": self.caveats()}
 
     def evaluates(self, round: int) -> bool:
         """Whether the model is evaluated after ``round``; 0 is before the first."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sfl.core import arrays, check
+from sfl.core import arrays, check, sparse
 from sfl.core.aggregator import Aggregator, sum_dtype
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
@@ -187,11 +187,19 @@ class Run:
                 self.seconds[task.name] += time.perf_counter() - started
             if reply is None:
                 return
-            reply = screened(reply, task, expected)
+            reply = self._with_figures(screened(reply, task, expected), task)
             self.record(task, reply)
             if reply.update is not None:
                 yield reply.update
             del reply  # what it holds is let go before the next site works
+
+    def _with_figures(self, reply: Reply, task: Task) -> Reply:
+        """What the chain's transforms say of an update that arrived, among the site's figures."""
+        update = reply.update
+        if update is None or task.name != FIT:
+            return reply
+        figures = self.job.program.chain.figures(update)
+        return replace(reply, update=replace(update, metrics={**update.metrics, **figures})) if figures else reply
 
     def announce_task(self, task: Task, cohort: Sequence[str]) -> None:
         """A task goes out; the figure of a round is what it sends to train."""
@@ -201,7 +209,9 @@ class Run:
 
     def record(self, task: Task, reply: Reply) -> None:
         """Note and say how a planned site ended a task."""
-        update, nbytes = reply.update, reply.nbytes
+        update = reply.update
+        filtered = bool(self.job.program.chain.transforms)  # only what a filter made has zeros that do not travel
+        nbytes = 0 if update is None else (sparse.nbytes if filtered else arrays.nbytes)(update.delta)
         self.received += nbytes
         if reply.logs:
             self.emit(SiteLogged(round=task.round, site=reply.site, lines=reply.logs))
@@ -325,6 +335,9 @@ def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
     try:
         if update is None or update.site != reply.site:
             raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
+        if task.name == FIT:  # a wire leaves zeros out, and only here is known what size an array may have
+            update = replace(update, delta=sparse.unpacked(update.delta, expected))
+            reply = replace(reply, update=update)
         if task.name in (FIT, EVALUATE):
             check.check_update(update, expected, known_finite=reply.known_finite)
         else:  # a task of a workflow's own answers with what arrays it likes

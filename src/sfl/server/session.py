@@ -113,10 +113,8 @@ def run_job(
         try:
             state = federate(job, carrier, state=state, hooks=hooks)
         finally:
-            if out is not None and job.mechanisms:
-                folder = RunFolder(out)
-                ledger = hooks.ledger
-                folder.write_json("privacy.json", job.accounting.report(ledger.events, ledger.earlier()))
+            if out is not None and job.has_statement:
+                RunFolder(out).write_json("privacy.json", job.privacy_report(hooks.ledger))
     return RunResult(state, tuple(history.rounds), history.reason, out)
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -84,6 +85,20 @@ def load_parameters(module: nn.Module, parameters: Mapping[str, Array]) -> None:
             np.copyto(tensor.numpy(), value, casting="same_kind")
         else:
             tensor.copy_(torch.from_numpy(np.array(value)))
+
+
+@contextmanager
+def frozen(module: nn.Module, names: Iterable[str]) -> Generator[None]:
+    """For a while, parameters of these names are not trained; they are exchanged all the same, before and after."""
+    wanted = set(names)
+    chosen = [p for name, p in module.named_parameters() if name in wanted and p.requires_grad]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
 
 
 def _as_array(tensor: torch.Tensor) -> Array:

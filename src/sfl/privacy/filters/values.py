@@ -1,0 +1,77 @@
+"""What both private selections share: clamped coordinates, and chosen values released with Laplace noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import numpy as np
+
+from sfl.core.mechanism import DpEvent
+from sfl.core.task import Update
+from sfl.core.transform import Stateless
+from sfl.errors import ConfigError
+from sfl.privacy.filters.flat import flat, refuse_not_finite, unflat
+from sfl.privacy.noise import SLACK, add_multiples, grid_of
+from sfl.types import Array
+
+__all__ = ["SELECTION_SHARE", "Clamp", "check_private", "laplace_release", "pure_event"]
+
+SELECTION_SHARE = 1.0 / 3.0
+"""Of a selection's ε, what choosing the coordinates costs; the rest is for their values."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Clamp(Stateless):
+    """Clamps each coordinate to [-γ, γ], so that another site's data moves none by more than 2γ."""
+
+    raises_norm: ClassVar[bool] = False
+    clips: ClassVar[bool] = True
+
+    gamma: float
+
+    def change(self, update: Update) -> Update:
+        """The clamped delta."""
+        refuse_not_finite(update)
+        return replace(update, delta=unflat(np.clip(flat(update.delta), -self.gamma, self.gamma), update.delta))
+
+
+def laplace_release(values: Array, count: int, gamma: float, epsilon: float, generator: np.random.Generator) -> Array:
+    """``values`` with Laplace noise: ε-private if at most ``count`` of them are released, each in [-γ, γ].
+
+    Two data sets move the released values by at most 2γ · ``count`` in L1 norm, so the scale is that over ε (Dwork et
+    al. 2006); the grid's rounding is covered by ``SLACK``.
+    """
+    scale = 2.0 * gamma * count / epsilon * (1.0 + SLACK)
+    grid = grid_of(scale)
+    multiples = np.rint(generator.laplace(0.0, scale / grid, size=values.size))
+    out = np.empty(values.size)
+    add_multiples(values, multiples, grid, out)
+    return out
+
+
+def pure_event(mechanism: str, epsilon: float) -> DpEvent:
+    """What one release of a site's own costs: ε, for what its data are, whoever sees it."""
+    return DpEvent(
+        mechanism=mechanism,
+        noise_multiplier=0.0,
+        sampling_rate=1.0,
+        unit="site",
+        adjacency="replace_one",
+        adversary="server_curious",
+        sampling="none",
+        epsilon=epsilon,
+    )
+
+
+def check_private(epsilon: float, gamma: float) -> None:
+    """Both must be positive and finite.
+
+    Raises:
+        ConfigError: If not.
+    """
+    for name, value in (("epsilon", epsilon), ("gamma", gamma)):
+        if not (math.isfinite(value) and value > 0.0):
+            raise ConfigError(f"{name} must be positive and finite, got {value}.")
