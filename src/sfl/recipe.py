@@ -23,7 +23,7 @@ from sfl.core.mechanism import Mechanism
 from sfl.core.transform import Chain, Divide, Transform, chain
 from sfl.errors import CompositionError, ConfigError
 from sfl.privacy.budget import PrivacyBudget
-from sfl.privacy.rules import check_together
+from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
 from sfl.server.script_job import ScriptJob, sized
@@ -60,6 +60,8 @@ class Recipe(ABC):
         released: What it passes after them: post-processing of what is private by then, such as compression.
         mechanisms: Differential privacy; the order is that of the sites.
         budget: Ends the run before a round that would pass it, and says at which δ what was spent is reported.
+        example_budget: What each example of a site may lose, for clients whose training is private by itself: every
+            site keeps a ledger of its own, and trains no more when the budget would be passed.
         central: The global model's figures on global held-out data.
         derive: Adds figures that follow from others, such as a perplexity from a mean loss. It is applied to each
             site's figures and to their means, so what it adds is never averaged.
@@ -82,6 +84,7 @@ class Recipe(ABC):
     released: tuple[Transform, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
     budget: PrivacyBudget | None = None
+    example_budget: PrivacyBudget | None = None
     central: Callable[[Parameters], Metrics] | None = None
     derive: Callable[[Metrics], Metrics] = dict
     callbacks: tuple[Callback, ...] = ()
@@ -115,11 +118,14 @@ class Recipe(ABC):
         if self.key_metric_mode not in ("auto", "min", "max"):
             raise CompositionError(f"key_metric_mode must be auto, min or max, got {self.key_metric_mode!r}.")
         algorithm = self.algorithm()
-        if isinstance(algorithm, Workflow) and self.mechanisms:
+        if isinstance(algorithm, Workflow) and (self.mechanisms or self.example_budget is not None):
             raise CompositionError(
                 "mechanisms must come with an algorithm, whose every exchange is charged, got a workflow. "
                 "Leave them out, or describe the job in rounds."
             )
+        if self.example_budget is not None:
+            self.example_budget.make_accountant().require()
+            check_examples(self.transforms, self.federation)
         if self.mechanisms:
             (self.budget or PrivacyBudget()).make_accountant().require()
         if isinstance(algorithm, Algorithm):
@@ -132,7 +138,7 @@ class Recipe(ABC):
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
-        private = bool(self.mechanisms)
+        private = bool(self.mechanisms) or self.example_budget is not None
         aggregator, server_chain = self._server_side()
         return Job(
             name=self.name,
@@ -146,6 +152,7 @@ class Recipe(ABC):
                 fixed_weight=1.0 if private or self.federation.weighting == "equal" else None,
                 share_metrics=not private,
                 callbacks=self.site_callbacks,
+                example_budget=self.example_budget,
             ),
             federation=self.federation,
             server_chain=server_chain,

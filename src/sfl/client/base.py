@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from sfl.core.mechanism import DpEvent
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 
 
@@ -68,6 +69,14 @@ class BaseFederatedClient(ABC):
 
         A client that has no loss returns ``None`` in its place.
         """
+
+    def privacy_event(self, config: Config) -> DpEvent | None:
+        """What the training of this task costs each example of this site; ``None`` if it promises nothing.
+
+        The site writes it to its own ledger before ``compute_update`` is called, and does not call it where the budget
+        would be passed. It must follow from the configuration and the number of examples alone.
+        """
+        return None
 
     def run_task(self, name: str, parameters: Parameters, config: Config) -> ClientUpdate:
         """Do a task of a workflow's own, which is neither training nor evaluation.

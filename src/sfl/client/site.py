@@ -15,11 +15,13 @@ import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.client.callbacks import SiteCallback
+from sfl.client.spending import Spending
 from sfl.core import arrays, check, rng
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.transform import Chain, flat
-from sfl.errors import UpdateError
+from sfl.errors import BudgetExhausted, UpdateError
 from sfl.io.site_store import SiteStore
+from sfl.privacy.budget import PrivacyBudget
 from sfl.types import Config, Metrics, Parameters, StateTree
 
 
@@ -35,6 +37,7 @@ class SiteProgram:
         share_metrics: Whether the site's own figures may leave beside the update. Where they may not, sites are not
             asked to evaluate either: the figures of an evaluation are no better protected.
         callbacks: Called around each task.
+        example_budget: What each example of a site may lose; ``None`` if the job promises its examples nothing.
     """
 
     client: Callable[..., BaseFederatedClient]
@@ -43,6 +46,7 @@ class SiteProgram:
     fixed_weight: float | None = None
     share_metrics: bool = True
     callbacks: tuple[SiteCallback, ...] = ()
+    example_budget: PrivacyBudget | None = None
 
 
 class Site:
@@ -77,6 +81,7 @@ class Site:
         self._client: BaseFederatedClient | None = None
         self._chain_state: Any = None
         self._remembers = False
+        self._spending = None if program.example_budget is None else Spending(program.example_budget, name, folder)
 
     @property
     def shares(self) -> bool:
@@ -117,6 +122,8 @@ class Site:
                 details += f"\nand in {type(callback).__name__}.on_task_failed: {type(second).__name__}: {second}"
         is_rejected = isinstance(error, UpdateError)
         status = Status.REJECTED if is_rejected else Status.FAILED
+        if isinstance(error, BudgetExhausted):  # which follows from the configuration, not from data
+            return Reply(self.name, Status.FAILED, reason=str(error))
         if not self._program.share_metrics:
             return self._withheld()
         seconds = time.perf_counter() - started
@@ -192,6 +199,7 @@ class Site:
                 callback.on_site_closed(self.name)
 
     def _fit(self, client: BaseFederatedClient, task: Task) -> Update:
+        spent = self._spending.charge(client, _config(task)) if self._spending is not None else {}
         returned = cast("object", client.compute_update(dict(task.parameters), _config(task)))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
@@ -215,7 +223,7 @@ class Site:
             _require_noise_on_all(chain, update, task.parameters)
         self._remember(client, task.round)
         if not self._program.share_metrics:  # nor may a transform put back what must not leave
-            update = replace(update, weight=weight, metrics={})
+            update = replace(update, weight=weight, metrics=dict(spent))
         return update
 
     def _evaluate(self, client: BaseFederatedClient, task: Task) -> Update:

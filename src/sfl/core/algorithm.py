@@ -22,6 +22,7 @@ class ServerState:
         callbacks: What the callbacks remember, in order.
         best: The best model so far: ``round``, ``metric`` and ``value``; ``None`` while none is known.
         stopped: Why the run ended before its last planned round; empty if it did not.
+        examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if none has.
     """
 
     round: int
@@ -31,6 +32,7 @@ class ServerState:
     callbacks: list[StateTree] = field(default_factory=list[StateTree])
     best: StateTree = None
     stopped: str = ""
+    examples: StateTree = None
 
 
 class Algorithm(ABC):

@@ -13,6 +13,12 @@ EVALUATE = "evaluate"
 END = "end"
 """The last task of a run: nothing to compute, let go of what outlives the client."""
 
+EXAMPLE_EPSILON = "example_epsilon"
+"""The figure under which a site says what its own ledger has spent of each example's privacy."""
+
+SPENT = "its examples' privacy budget is spent"
+"""In the reason of a reply whose site may train no more."""
+
 SERVER = "server"
 """The name under which an aggregate travels through the server halves of the mechanisms."""
 

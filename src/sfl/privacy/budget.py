@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from sfl.core.mechanism import DpEvent
 from sfl.errors import BudgetExhausted, ConfigError
 from sfl.privacy.accountant import Guarantee, Method, PrivacyAccountant, guarantees, worst_off
 
-__all__ = ["PrivacyBudget", "statement"]
+__all__ = ["PrivacyBudget", "example_report", "example_statement", "statement"]
 
 _WEAK = 20.0  # an ε past this bounds nothing that matters: odds may change by a factor of 5e8
+_POINTS = 12  # of a chart; each is a composition of its own
 _UNITS = {
     ("site", "add_remove"): "whether any one site took part, and with which data",
     ("site", "replace_one"): "with which data any one site took part; not whether it did",
@@ -93,6 +94,29 @@ class PrivacyBudget:
             "accountant": self.accountant,
         }
 
+    def over_rounds(self, spent: Sequence[tuple[int, DpEvent]]) -> list[dict[str, Any]]:
+        """ε by the end of rounds, for a chart: each unit and adversary by itself, at a dozen rounds at most.
+
+        Args:
+            spent: Events with their rounds, in order.
+        """
+        rounds = sorted({round for round, _ in spent})
+        shown = (
+            rounds
+            if len(rounds) <= _POINTS
+            else [rounds[i * (len(rounds) - 1) // (_POINTS - 1)] for i in range(_POINTS)]
+        )
+        return [
+            {
+                "round": last,
+                "unit": guarantee.unit,
+                "adversary": guarantee.adversary,
+                "epsilon": _number(guarantee.epsilon),
+            }
+            for last in shown
+            for guarantee in self.spent([event for round, event in spent if round <= last])
+        ]
+
     def statement(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> list[str]:
         """What was spent, in words; the last lines say what other runs have added."""
         lines = [line for guarantee in self.spent(events) for line in statement(guarantee)]
@@ -126,6 +150,38 @@ def statement(guarantee: Guarantee) -> list[str]:
         f"hidden: {_UNITS[guarantee.unit, guarantee.adjacency]}; {adjacency}",
         f"{_ADVERSARY[guarantee.adversary]}; {rounds}; sampling: {'; '.join(guarantee.sampling)}",
     ]
+
+
+def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> list[str]:
+    """What sites' own ledgers have said of their examples, in words.
+
+    Args:
+        epsilons: ε by site.
+        budget: At which δ.
+    """
+    if not epsilons:
+        return []
+    worst = max(epsilons.values())
+    sites = f"{len(epsilons)} site{'s' if len(epsilons) != 1 else ''}"
+    if math.isinf(worst):
+        head = "privacy: no formal guarantee for an example: there was no noise that can be accounted"
+    else:
+        weak = " - too large to mean much" if worst > _WEAK else ""
+        head = f"privacy: ε = {_up(worst):.3g} at δ = {budget.delta:g} for each example of a site{weak}"
+    return [
+        head,
+        f"hidden: {_UNITS['example', 'add_remove']}; {_ADJACENCY['add_remove'].format(unit='example')}",
+        f"{_ADVERSARY['server_curious']}, and against other sites; the largest of {sites}, each by its own ledger; "
+        "how many examples a site has is taken to be public",
+    ]
+
+
+def example_report(epsilons: Mapping[str, float], budget: PrivacyBudget | None) -> dict[str, Any]:
+    """The same for ``privacy.json``; empty if the job promises examples nothing."""
+    if budget is None:
+        return {}
+    sites = {site: _number(epsilon) for site, epsilon in epsilons.items()}
+    return {"sites": sites, "budget": {"max_epsilon": _number(budget.max_epsilon), "delta": budget.delta}}
 
 
 def _figure(guarantee: Guarantee) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sfl.core.mechanism import Mechanism
+from sfl.core.transform import Transform, flat
 from sfl.errors import CompositionError
+from sfl.privacy.filters.compress import ErrorFeedback
 from sfl.types import FederationConfig
 
-__all__ = ["check_together"]
+__all__ = ["check_examples", "check_together"]
 
 
 def check_together(mechanisms: Sequence[Mechanism], federation: FederationConfig) -> None:
@@ -37,6 +39,24 @@ def check_together(mechanisms: Sequence[Mechanism], federation: FederationConfig
         raise CompositionError(
             f"min_available_clients must be at least {least}, with sampling fixed or by turns, as the noise is shared "
             f"out among so many sites, got {federation.min_available_clients} and {federation.sampling}. Raise it."
+        )
+
+
+def check_examples(transforms: Sequence[Transform], federation: FederationConfig) -> None:
+    """Refuse what would break the promise to a site's examples.
+
+    Raises:
+        CompositionError: Naming the part that does not fit, and what to change.
+    """
+    if federation.weighting == "examples":
+        raise CompositionError(
+            "weighting must be equal where sites' examples are private, got examples: the weight of a site would tell "
+            "how many it has. Leave --weighting out."
+        )
+    if any(isinstance(transform, ErrorFeedback) for transform in flat(transforms)):
+        raise CompositionError(
+            "error feedback must not carry what examples have left from round to round where each round's sample of "
+            "them is accounted by itself. Leave --compress-error-feedback out."
         )
 
 

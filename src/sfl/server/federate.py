@@ -12,7 +12,7 @@ from sfl.core.task import FIT, Status
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted
 from sfl.server.job import Job
-from sfl.server.run import Hooks, Run
+from sfl.server.run import Hooks, Run, said_of_examples
 from sfl.server.workflow import Sites, Workflow
 
 __all__ = ["Hooks", "federate"]
@@ -51,7 +51,7 @@ def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hook
     except Exception as error:
         _tell_failure(run, 0 if state is None else state.round, error)
         raise
-    for line in job.statement(run.hooks.ledger):
+    for line in job.statement(run.hooks.ledger, said_of_examples(state)):
         run.emit(Notice(text=line))
     seconds = time.perf_counter() - started
     run.emit(RunFinished(rounds=state.round, seconds=seconds, reason=reason or state.stopped))

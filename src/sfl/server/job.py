@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ from sfl.core.aggregator import Aggregator
 from sfl.core.algorithm import Algorithm
 from sfl.core.mechanism import Mechanism
 from sfl.core.transform import Chain, flat
-from sfl.privacy.budget import PrivacyBudget
+from sfl.privacy.budget import PrivacyBudget, example_report, example_statement
 from sfl.privacy.ledger import Ledger
 from sfl.server.callbacks import Callback
 from sfl.server.selection import Selection
@@ -69,16 +69,34 @@ class Job:
     @property
     def has_statement(self) -> bool:
         """Whether there is anything to say about privacy."""
-        return bool(self.mechanisms or self.caveats())
+        return bool(self.mechanisms or self.caveats()) or self.program.example_budget is not None
 
-    def statement(self, ledger: Ledger) -> list[str]:
-        """What was spent, in words, and what is not promised."""
-        return [*self.accounting.statement(ledger.events, ledger.earlier()), *self.caveats()]
+    def statement(self, ledger: Ledger, examples: Mapping[str, float]) -> list[str]:
+        """What was spent, in words, and what is not promised.
 
-    def privacy_report(self, ledger: Ledger) -> dict[str, Any]:
+        Args:
+            ledger: The run's.
+            examples: What the sites' own ledgers have said of their examples' ε.
+        """
+        budget = self.program.example_budget
+        lines = [
+            *self.accounting.statement(ledger.events, ledger.earlier()),
+            *(example_statement(examples, budget) if budget is not None else []),
+        ]
+        if self.caveats() and not (self.mechanisms or budget):
+            lines = ["privacy: no formal guarantee: filters alone choose what leaves, without noise"]
+        return [*lines, *self.caveats()]
+
+    def privacy_report(self, ledger: Ledger, examples: Mapping[str, float]) -> dict[str, Any]:
         """The same for ``privacy.json``."""
         report = self.accounting.report(ledger.events, ledger.earlier())
-        return {**report, "statement": self.statement(ledger), "unproven": self.caveats()}
+        return {
+            **report,
+            "statement": self.statement(ledger, examples),
+            "unproven": self.caveats(),
+            "over_rounds": self.accounting.over_rounds([(entry.round, entry.event) for entry in ledger.entries]),
+            "examples": example_report(examples, self.program.example_budget),
+        }
 
     def evaluates(self, round: int) -> bool:
         """Whether the model is evaluated after ``round``; 0 is before the first."""

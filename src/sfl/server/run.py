@@ -26,9 +26,9 @@ from sfl.core.events import (
     SiteLogged,
     StageStarted,
 )
-from sfl.core.task import EVALUATE, FIT, SERVER, Reply, Status, Task, Update
+from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, SERVER, SPENT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
-from sfl.errors import CompositionError, RoundError, UpdateError
+from sfl.errors import BudgetExhausted, CompositionError, RoundError, UpdateError
 from sfl.privacy.ledger import Ledger
 from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
@@ -78,6 +78,7 @@ class Run:
         self._memories: list[dict[str, StateTree]] = [{} for _ in job.callbacks]
         self._state: ServerState | None = None
         self._stopped = ""
+        self._examples: dict[str, float] = {}
 
     def begin(self, state: ServerState | None) -> ServerState:
         """The state to start from: the given one, or round 0, evaluated and saved. Announces the run."""
@@ -88,6 +89,7 @@ class Run:
             state = replace(state, mechanisms=self.job.server_chain.init(sent))
         for memory, kept in zip(self._memories, state.callbacks, strict=False):
             memory.update(copy.deepcopy(kept) if isinstance(kept, dict) else {})
+        self._examples = said_of_examples(state)
         if isinstance(self.job.algorithm, Algorithm):
             state = self.job.algorithm.joined(state, self.clients)
         self.look_at(state)
@@ -123,12 +125,11 @@ class Run:
         updates = self._began(task, mean.watch(self.usable(task, cohort)))
         try:
             aggregate = aggregated(self.job.aggregator, updates)
-        except RoundError as error:
+        except RoundError:
             if self._sums_nothing(cohort, mean.count):
                 return Update(SERVER, _zeros(self._sendable(task)), 0.0), {}
-            if mean.count >= self.job.federation.min_available_clients:  # the aggregator's own reason
-                raise
-            raise RoundError(self._shortfall(task, mean.count)) from error
+            self.check_enough(task, mean.count)
+            raise
         self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
         if not self._may_be_few(cohort):
             self.check_enough(task, mean.count)
@@ -158,9 +159,14 @@ class Run:
 
         Raises:
             RoundError: If not, with what became of the others.
+            BudgetExhausted: If sites may train no more.
         """
-        if count < self.job.federation.min_available_clients:
-            raise RoundError(self._shortfall(task, count))
+        if count >= self.job.federation.min_available_clients:
+            return
+        spent = [site.reason for site in self.sites if site.stage == task.name and SPENT in site.reason]
+        if spent:
+            raise BudgetExhausted(f"too few sites may train on: {spent[0]}")
+        raise RoundError(self._shortfall(task, count))
 
     def finished_aggregation(self, state: ServerState, count: int) -> None:
         """Say that there is a new global model."""
@@ -228,6 +234,8 @@ class Run:
             metrics=self.job.derive(update.metrics) if update is not None else {},
         )
         self.sites.append(finished)
+        if EXAMPLE_EPSILON in finished.metrics:
+            self._examples[reply.site] = finished.metrics[EXAMPLE_EPSILON]
         self.emit(finished)
 
     def score_received(self, state: ServerState, fit: Metrics) -> ServerState:
@@ -265,7 +273,8 @@ class Run:
         )
         self.sites, self.sent, self.received = [], 0, 0
         self.seconds.clear()
-        state = replace(state, callbacks=copy.deepcopy(self._memories), stopped=self._stopped)
+        examples: StateTree = dict(self._examples) or None
+        state = replace(state, callbacks=copy.deepcopy(self._memories), stopped=self._stopped, examples=examples)
         if self.hooks.save is not None:
             with self.timed("checkpoint"):
                 self.hooks.save(state)
@@ -317,6 +326,13 @@ class Run:
             self.seconds[phase] += time.perf_counter() - started
 
 
+def said_of_examples(state: ServerState | None) -> dict[str, float]:
+    """What the sites' own ledgers have last said of their examples' ε."""
+    if state is None or not isinstance(state.examples, dict):
+        return {}
+    return {site: float(str(epsilon)) for site, epsilon in state.examples.items()}
+
+
 def _zeros(parameters: Parameters) -> Parameters:
     return {name: np.zeros(value.shape, sum_dtype(value)) for name, value in parameters.items()}
 
@@ -366,11 +382,16 @@ class MetricsMean:
         self.count = 0
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._weights: defaultdict[str, float] = defaultdict(float)
+        self._largest: Metrics = {}  # no mean says what an ε is: that of the site that is worst off does
 
     def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
         """Pass updates on, and look at each."""
         for update in updates:
             self.count += 1
+            if EXAMPLE_EPSILON in update.metrics:
+                self._largest[EXAMPLE_EPSILON] = max(
+                    self._largest.get(EXAMPLE_EPSILON, 0.0), update.metrics[EXAMPLE_EPSILON]
+                )
             for name, value in update.metrics.items():
                 self._sums[name] += update.weight * value
                 self._weights[name] += update.weight
@@ -379,4 +400,4 @@ class MetricsMean:
 
     def result(self) -> Metrics:
         """The means."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+        return {name: total / self._weights[name] for name, total in self._sums.items()} | self._largest

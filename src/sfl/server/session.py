@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from sfl.core.algorithm import ServerState
-from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished
+from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished, SiteFinished
+from sfl.core.task import EXAMPLE_EPSILON
 from sfl.engine.base import Engine
 from sfl.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from sfl.io.checkpoint import Checkpoints, load_state
@@ -20,6 +21,7 @@ from sfl.io.run_folder import RunFolder
 from sfl.privacy.ledger import Budget, Ledger, dataset_ledger
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
+from sfl.server.run import said_of_examples
 from sfl.types import Parameters
 
 
@@ -110,11 +112,12 @@ def run_job(
         _check_same_privacy(job, hooks.ledger)
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)
+        history.examples |= said_of_examples(state)
         try:
             state = federate(job, carrier, state=state, hooks=hooks)
         finally:
             if out is not None and job.has_statement:
-                RunFolder(out).write_json("privacy.json", job.privacy_report(hooks.ledger))
+                RunFolder(out).write_json("privacy.json", job.privacy_report(hooks.ledger, history.examples))
     return RunResult(state, tuple(history.rounds), history.reason, out)
 
 
@@ -215,9 +218,12 @@ class _History:
     def __init__(self) -> None:
         self.rounds: list[RoundFinished] = []
         self.reason = ""
+        self.examples: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RoundFinished):
             self.rounds.append(event)
+        elif isinstance(event, SiteFinished) and EXAMPLE_EPSILON in event.metrics:
+            self.examples[event.site] = event.metrics[EXAMPLE_EPSILON]
         elif isinstance(event, RunFinished):
             self.reason = event.reason
