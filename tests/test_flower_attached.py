@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import sfl
 from sfl.core.events import Event, StageStarted
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.keys import make_node_keys, make_server_keys
@@ -28,6 +29,7 @@ from test_engines import remembers
 
 pytestmark = pytest.mark.timeout(300)
 BIN = Path(sys.executable).parent
+SOURCE = str(Path(sfl.__file__).parents[1])  # and none of the user's own modules
 SITES = {"hospital-a": "site='hospital-a'", "hospital-b": "site='hospital-b'"}
 
 
@@ -73,7 +75,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     with ExitStack() as stack:
 
         def start(name: str, command: str, options: list[object]) -> None:
-            environ = child_environment(1, folder) | {"FLWR_HOME": str(folder / name), "PYTHONPATH": ""}
+            environ = child_environment(1, folder) | {"FLWR_HOME": str(folder / name), "PYTHONPATH": SOURCE}
             words = [str(BIN / command), *map(str, options)]
             guard = Guarded(words, log=folder / f"{name}.log", env=environ, folder=folder / "none")
             stack.enter_context(guard)

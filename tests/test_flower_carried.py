@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from base64 import b64encode
 from pathlib import Path
 
 import pytest
 
+from sfl.core.events import Notice
 from sfl.engine.flower.app_folder import carry, write_app
 from sfl.engine.flower.attach import Following
 from sfl.engine.flower.carried import carried_by_server, carried_by_site, remembered_sites
@@ -16,6 +18,7 @@ from sfl.engine.flower.home import bring_home
 from sfl.engine.flower.sealed import Reader, seal
 from sfl.engine.launch import Launch
 from sfl.errors import ConfigError, EngineError
+from sfl.utils.plain import restore
 
 RUN = "0" * 31 + "a"
 
@@ -69,6 +72,37 @@ def test_a_carried_launch_is_unpacked_once_where_its_run_is_kept(launch: Launch,
         carried_by_site(module, 7, "../a")
 
 
+def following(launch: Launch, *logs: str) -> list[str]:
+    """What is told of logs: a name for each event, and the level of each notice."""
+    home = Following(launch, Reader())
+    for log in logs:
+        home.read(io.StringIO(log))
+    told = [restore(json.loads(line), allow=("sfl.core.events:",)) for line in launch.events.read_text().splitlines()]
+    return [event.level if isinstance(event, Notice) else str(event) for event in told]
+
+
+EVENTS = [f'sfl-event {number} "{name}"\n' for number, name in enumerate("abcdef")]
+
+
+@pytest.mark.parametrize(
+    ("logs", "told"),
+    [
+        (["".join(EVENTS)], "abcdef"),
+        (["".join(EVENTS[:2] + EVENTS[3:])], "ab!def"),
+        (["".join([*EVENTS[:1], *EVENTS[2:3], *EVENTS[4:]])], "a!cef"),  # two gaps, one word
+        (["".join(EVENTS[1:])], "!bcdef"),
+        (["".join(EVENTS[:3])[:-4], "".join(EVENTS)], "abcdef"),  # cut within an event
+        (["".join(EVENTS[:3])[:-1], "".join(EVENTS)], "abcdef"),  # cut at its end
+        (["".join([*EVENTS[:2], "sfl-event 2 {torn\n", *EVENTS[3:]])], "ab!def"),
+        (["".join([*EVENTS, "sfl-event \nsfl-event x y\nsfl-part x y\nsfl-part 0/0 y\n"])], "abcdef"),
+    ],
+)
+def test_a_log_that_lost_lines_is_followed_on_and_the_loss_is_said_once(
+    launch: Launch, logs: list[str], told: str
+) -> None:
+    assert following(launch, *logs) == ["warning" if name == "!" else name for name in told]
+
+
 def test_a_module_that_flower_would_leave_out_is_refused(launch: Launch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must not be named like a test, got 'test_mine'"):
         app_of(launch, tmp_path, test_mine=tmp_path / "test_mine.py")
@@ -91,6 +125,7 @@ def test_what_a_server_made_comes_home_through_a_log(
     (made / "checkpoints" / "1").write_bytes(bytes(200_000))
     state = b"what the sites trained together"
     server.final.write_bytes(state)
+    server.events.write_text("{}\n{}\n{}\n")
     server.outcome.write_text('{"error": null, "reason": ""}')
     bring_home(server)
     log = capsys.readouterr().out
@@ -100,8 +135,9 @@ def test_what_a_server_made_comes_home_through_a_log(
     home = Following(launch, reader)
     home.read(io.StringIO("other\nsfl-event 0 {}\n" + log[: len(log) // 2]))
     assert not home.unpack()
+    assert re.fullmatch(r" that came home whole, got \d+ of \d+ parts of it: .*", home.missing())
     home.read(io.StringIO("sfl-event 0 {}\nsfl-event 1 {}\n" + log))  # asked for again, it begins anew
     assert home.unpack()
-    assert launch.events.read_text() == "{}\n{}\n"
+    assert launch.events.read_text() == "{}\n{}\n{}\n"  # the last line was lost, and came with the result
     assert launch.final.read_bytes() == state
     assert (launch.folder / "home" / "run" / "checkpoints" / "1").stat().st_size == 200_000

@@ -82,7 +82,7 @@ def _packed(launch: Launch) -> bytes:
 
 def _files(launch: Launch) -> Iterator[tuple[Path, str]]:
     """What comes home, what matters most first."""
-    for path in (launch.outcome, launch.final):
+    for path in (launch.outcome, launch.final, launch.events):
         if path.exists():
             yield path, path.name
     made = Path(launch.read_settings()["out"])
