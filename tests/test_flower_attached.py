@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import engine_clients as clients
 import sfl
 from sfl.core.events import Event, StageStarted
 from sfl.engine.flower.deploy import write_connection
@@ -116,6 +117,17 @@ def test_a_job_gives_the_bits_of_the_simulation_comes_home_and_goes_on(federatio
         assert value.tobytes() == rest.parameters[name].tobytes(), name
     left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("*/launch-*")]
     assert left == []  # what the sites remember stays with them, and nothing else
+
+
+@pytest.mark.slow
+def test_a_large_model_comes_home_whole(federation: Federation, tmp_path: Path) -> None:
+    subject = replace(job(1), initial_parameters=clients.large, evaluate_every=0)
+    out = tmp_path / "run"
+    there = subject.execute(federation.env(), out=out)
+    assert there.parameters["w"].nbytes > 64 << 20
+    assert there.parameters["w"].tobytes() == subject.execute(SimEnv(device="cpu")).parameters["w"].tobytes()
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert "sfl-part" not in (federation.folder / "superlink.log").read_text()
 
 
 @pytest.mark.slow

@@ -6,19 +6,29 @@ import io
 import json
 import re
 from base64 import b64encode
+from contextlib import closing
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 
 import pytest
 
-from sfl.core.events import Notice
+from sfl.core.events import Notice, StageStarted
+from sfl.core.task import FIT
 from sfl.engine.flower.app_folder import carry, write_app
-from sfl.engine.flower.attach import Following
 from sfl.engine.flower.carried import carried_by_server, carried_by_site, remembered_sites
+from sfl.engine.flower.following import Following
 from sfl.engine.flower.home import bring_home
-from sfl.engine.flower.sealed import Reader, seal
+from sfl.engine.flower.sealed import Reader, Seal
 from sfl.engine.launch import Launch
+from sfl.engine.local import LocalEngine
+from sfl.env.serve import serve
 from sfl.errors import ConfigError, EngineError
-from sfl.utils.plain import restore
+from sfl.io.relay import EventReader
+from sfl.io.tree import save_tree, write_text
+from sfl.types import site_names
+from sfl.utils.plain import describe, restore
+from test_engines import remembers
 
 RUN = "0" * 31 + "a"
 
@@ -41,16 +51,18 @@ def app_of(launch: Launch, folder: Path, **modules: Path) -> str:
     return str(app / "sfl_job" / "server.py")
 
 
-def test_what_is_sealed_opens_for_its_reader_alone_and_only_whole() -> None:
+def test_what_is_sealed_opens_for_its_reader_alone_whole_and_in_its_place() -> None:
     reader = Reader()
-    sealed = seal(b"parameters", reader.public)
-    assert reader.open(sealed) == b"parameters"
-    assert b"parameters" not in sealed
-    for wrong in (sealed[:-1], sealed[:5], b"", sealed[:-1] + bytes([sealed[-1] ^ 1])):
-        with pytest.raises(EngineError, match="a sealed result must open"):
-            reader.open(wrong)
-    with pytest.raises(EngineError, match="a sealed result must open"):
-        Reader().open(sealed)
+    seal = Seal(reader.public, 2)
+    one, two = seal.close(b"parameters"), seal.close(b"parameters")
+    assert reader.open(one, 0, 2) == reader.open(two, 1, 2) == b"parameters"
+    assert b"parameters" not in one
+    for wrong in (one[:-1], one[:5], b"", one[:-1] + bytes([one[-1] ^ 1]), two):
+        with pytest.raises(EngineError, match="a sealed part must open"):
+            reader.open(wrong, 0, 2)
+    for reads, count in ((Reader(), 2), (reader, 1)):
+        with pytest.raises(EngineError, match="a sealed part must open"):
+            reads.open(one, 0, count)
 
 
 def test_a_carried_launch_is_unpacked_once_where_its_run_is_kept(launch: Launch, tmp_path: Path) -> None:
@@ -140,4 +152,96 @@ def test_what_a_server_made_comes_home_through_a_log(
     assert home.unpack()
     assert launch.events.read_text() == "{}\n{}\n{}\n"  # the last line was lost, and came with the result
     assert launch.final.read_bytes() == state
+    assert not (launch.folder / "home.tar").exists()
+    assert not (server.folder / "home.tar").exists()
     assert (launch.folder / "home" / "run" / "checkpoints" / "1").stat().st_size == 200_000
+
+
+def test_parts_go_straight_to_where_flower_uploads_from_and_wait_for_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower drops what is not uploaded three seconds after the app's end, and prints what goes through its output."""
+    reader, log_queue = Reader(), Queue[str]()
+    shown, longest, uploaded = io.StringIO(), 0, list[str]()
+    launch.add_settings(reader=reader.public.hex())
+    server = carried_by_server(app_of(launch, tmp_path), 7)
+    server.final.write_bytes(bytes(30 << 20))
+    server.outcome.write_text('{"error": null, "reason": ""}')
+
+    class Output(io.StringIO):
+        """As Flower leaves it: what is written is shown, and queued."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+            def write(text: str) -> int:
+                log_queue.put(text)
+                return shown.write(text)
+
+            self.write = write
+
+    monkeypatch.setattr("sys.stdout", Output())
+    thread = Thread(target=bring_home, args=(server,))
+    thread.start()
+    while thread.is_alive() or not log_queue.empty():
+        longest = max(longest, log_queue.qsize())
+        try:
+            uploaded.append(log_queue.get(timeout=0.01))
+        except Empty:
+            continue
+    thread.join()
+    monkeypatch.undo()
+    assert shown.getvalue() == ""
+    assert longest <= 128 < len(uploaded)
+    home = Following(launch, reader)
+    home.read(io.StringIO("".join(uploaded)))
+    assert home.unpack()
+    assert launch.final.stat().st_size == 30 << 20
+
+
+def test_what_is_too_much_is_left_out_by_name_and_a_last_state_is_missed(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfl.engine.flower.home.MOST", 1000)
+    reader = Reader()
+    launch.add_settings(reader=reader.public.hex())
+    server = carried_by_server(app_of(launch, tmp_path), 7)
+    made = Path(server.read_settings()["out"]) / "checkpoints"
+    made.mkdir(parents=True)
+    (made / "1").write_bytes(bytes(2000))
+    (made / "2").write_bytes(bytes(200))
+    server.outcome.write_text('{"error": "RoundError", "message": ""}')
+    bring_home(server)
+    home = Following(launch, reader)
+    home.read(io.StringIO(capsys.readouterr().out))
+    assert home.unpack()
+    assert "1 files did not fit to come home: run/checkpoints/1." in launch.events.read_text()
+    server.final.write_bytes(bytes(2000))
+    server.outcome.write_text('{"error": null, "reason": ""}')
+    bring_home(server)
+    home = Following(launch, reader)
+    home.read(io.StringIO(capsys.readouterr().out))
+    with pytest.raises(
+        EngineError, match=r"the last state of a run must fit to come home, got more\. It is on the Sup"
+    ):
+        home.unpack()
+
+
+@pytest.mark.parametrize("most", [100, 500])
+def test_a_job_whose_state_cannot_come_home_is_refused_before_a_site_trains(tmp_path: Path, most: int) -> None:
+    """By its parameters alone, which are 124 bytes, or by its first checkpoint."""
+
+    def trained(folder: Path, most: int) -> tuple[str, bool]:
+        launch = Launch(folder)
+        launch.folder.mkdir()
+        save_tree(launch.recipe, describe(remembers(), "the recipe"))
+        write_text(launch.settings, json.dumps({"out": str(folder / "run"), "resume": False, "most": most}))
+        serve(launch, lambda: LocalEngine(remembers().build().program, site_names(3)))
+        with closing(EventReader(launch.events)) as reader:
+            events = list(reader.new())
+        return launch.read_error(), any(isinstance(event, StageStarted) and event.stage == FIT for event in events)
+
+    error, has_trained = trained(tmp_path / "one", most)
+    assert re.search(r"must fit into \S+ GiB to come home through a SuperLink's log, got \S+ GiB", error)
+    assert not has_trained
+    assert trained(tmp_path / "two", 1 << 20) == ("", True)

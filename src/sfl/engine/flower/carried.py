@@ -20,6 +20,8 @@ from sfl.errors import EngineError
 from sfl.io.tree import write_text
 
 RESULT = "run"
+MOST = 1 << 30
+"""Bytes of results that come home: gRPC hands over 2 GiB at once, and base64 makes a third more of them."""
 _RUN = re.compile(r"[0-9a-f]{32}")
 _HOME = "sfl-runs"
 _IDLE = 900.0  # seconds after which a process of sites that nobody asks anything ends; it begins anew when it is asked
@@ -33,7 +35,7 @@ def carried_by_server(module: str, run: int) -> Launch:
         run: Flower's number of the run.
     """
     launch, home = _unpacked(module, f"server-{run}")
-    launch.add_settings(out=str(home / RESULT), logs=str(home / "logs"), server=str(home))
+    launch.add_settings(out=str(home / RESULT), logs=str(home / "logs"), server=str(home), most=MOST)
     return launch
 
 
