@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from sfl.engine.flower.app_folder import carry, write_app
 from sfl.engine.flower.carried import carried_by_server, carried_by_site, remembered_sites
 from sfl.engine.flower.following import Following
 from sfl.engine.flower.home import bring_home
+from sfl.engine.flower.owner import new_key, run_of, sign
 from sfl.engine.flower.sealed import Reader, Seal
 from sfl.engine.launch import Launch
 from sfl.engine.local import LocalEngine
@@ -30,7 +32,8 @@ from sfl.types import site_names
 from sfl.utils.plain import describe, restore
 from test_engines import remembers
 
-RUN = "0" * 31 + "a"
+KEY = new_key()
+RUN = run_of(KEY)
 
 
 @pytest.fixture
@@ -48,6 +51,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 def app_of(launch: Launch, folder: Path, **modules: Path) -> str:
     app = write_app(folder / "app", None, "an app")
     carry(app, launch, modules)
+    sign(app / "sfl_job" / "launch", KEY)
     return str(app / "sfl_job" / "server.py")
 
 
@@ -69,7 +73,7 @@ def test_a_carried_launch_is_unpacked_once_where_its_run_is_kept(launch: Launch,
     (tmp_path / "mine.py").write_text("x = 1\n")
     module = app_of(launch, tmp_path, mine=tmp_path / "mine.py")
     site = carried_by_site(module, 7, "hospital-a")
-    assert site.folder == tmp_path / "home" / "sfl-runs" / RUN / "launch-hospital-a-7"
+    assert site.folder == tmp_path / "home" / "sfl-runs" / RUN / "launch-site-hospital-a-7"
     assert site.folder.stat().st_mode & 0o077 == 0
     assert site.read_settings()["names"] == ["hospital-a"]
     assert carried_by_site(module, 7, "hospital-a") == site
@@ -120,10 +124,61 @@ def test_a_module_that_flower_would_leave_out_is_refused(launch: Launch, tmp_pat
         app_of(launch, tmp_path, test_mine=tmp_path / "test_mine.py")
 
 
-def test_a_run_id_that_leads_elsewhere_is_refused(launch: Launch, tmp_path: Path) -> None:
-    launch.add_settings(run="../../x")
-    with pytest.raises(EngineError, match="a run id must be 32 hexadecimal digits"):
-        carried_by_server(app_of(launch, tmp_path), 7)
+def kept(launch: Launch, folder: Path, key: bytes = KEY, flower: int = 7, **said: Any) -> Launch:
+    """What the server takes of an app that says more than it should."""
+    launch.add_settings(**said)
+    app = app_of(launch, folder)
+    sign(Path(app).parent / "launch", key)
+    return carried_by_server(app, flower)
+
+
+def test_a_run_is_of_who_has_its_key(launch: Launch, tmp_path: Path) -> None:
+    mine = kept(launch, tmp_path / "1")
+    assert mine.folder.parent == tmp_path / "home" / "sfl-runs" / RUN
+    assert mine.folder.parent.stat().st_mode & 0o077 == 0
+    theirs = kept(launch, tmp_path / "2", new_key(), run=RUN)  # who names a run has not its key
+    assert theirs.folder.parent.name not in ("", RUN)
+    assert theirs.folder.parent.parent == mine.folder.parent.parent
+    for attack in (launch.settings, launch.program, launch.recipe):  # an order that was seen, and changed
+        app = Path(app_of(launch, tmp_path / attack.name)).parent / "launch"
+        name = "recipe.json" if attack == launch.recipe else attack.name
+        (app / name).write_bytes((app / name).read_bytes() + b" ")
+        with pytest.raises(
+            EngineError, match=r"must be signed with the key of its run, got one that is not\. InvalidS"
+        ):
+            carried_by_server(str(app.parent / "server.py"), 8)
+    (app / "owner.json").unlink()
+    with pytest.raises(EngineError, match="must be signed with the key of its run"):
+        carried_by_site(str(app.parent / "client.py"), 8, "a")
+
+
+def test_an_order_counts_once_and_a_later_one_goes_on(launch: Launch, tmp_path: Path) -> None:
+    old = app_of(launch, tmp_path / "1")
+    for flower in (7, 7):
+        carried_by_server(old, flower)
+        carried_by_site(old, flower, "a")
+    with pytest.raises(EngineError, match="must be new, got a copy of one that was given before"):
+        carried_by_server(old, 8)
+    with pytest.raises(EngineError, match="must be new, got a copy"):
+        carried_by_site(old, 8, "a")
+    new = app_of(launch, tmp_path / "2")
+    assert carried_by_server(new, 9).folder.parent == carried_by_server(old, 7).folder.parent
+    with pytest.raises(EngineError, match="must be new, got a copy"):
+        carried_by_server(old, 10)
+
+
+def test_what_an_app_says_of_places_on_a_machine_is_not_taken(launch: Launch, tmp_path: Path) -> None:
+    elsewhere = str(tmp_path / "elsewhere")
+    said: dict[str, Any] = dict.fromkeys(
+        ("run", "out", "sites", "logs", "server", "code", "keeper", "allow"), elsewhere
+    )
+    server = kept(launch, tmp_path / "1", **said, run_id="../..", idle=1, most=0)
+    site = carried_by_site(app_of(launch, tmp_path / "2"), 7, "server")  # a site's name is its own
+    assert site.folder != server.folder
+    for made in (server, site):
+        assert made.folder.parent == tmp_path / "home" / "sfl-runs" / RUN
+        assert elsewhere not in made.settings.read_text()
+    assert not Path(elsewhere).exists()
 
 
 def test_what_a_server_made_comes_home_through_a_log(

@@ -19,9 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
-from sfl.engine.flower.app_folder import carry, write_app
+from sfl.engine.flower.app_folder import carried_in, carry, write_app
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.following import Following
+from sfl.engine.flower.owner import KEY, sign
 from sfl.engine.flower.sealed import Reader
 from sfl.engine.launch import Launch
 from sfl.errors import EngineError
@@ -81,6 +82,7 @@ def run(launch: Launch, address: str, roots: Path | None) -> int:
     what = f"Flower, {settings['num_clients']} nodes of the SuperLink {address}"
     app = write_app(launch.folder / "flower-app", None, what)
     carry(app, launch, modules)
+    sign(carried_in(app / "sfl_job"), (launch.folder / KEY).read_bytes())
     number = submit(app)
     sys.stdout.write(f"run {number} on {address}\n")
 
