@@ -12,10 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import engine_clients as clients
 import sfl
+from scripts import recipe, write
 from sfl.core.events import Event, StageStarted
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.keys import make_node_keys, make_server_keys
@@ -117,6 +119,45 @@ def test_a_job_gives_the_bits_of_the_simulation_comes_home_and_goes_on(federatio
         assert value.tobytes() == rest.parameters[name].tobytes(), name
     left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("*/launch-*")]
     assert left == []  # what the sites remember stays with them, and nothing else
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import sfl.client as flare
+from steps import step
+
+flare.init()
+Path(sys.argv[1], flare.get_site_name()).touch()
+while flare.is_running():
+    model = flare.receive()
+    metrics = {"travelled": float(Path(__file__).parent.name == "train-script"), "args": float(len(sys.argv))}
+    flare.send(flare.FLModel(params={"w": step(model.params["w"], flare.get_site_name())}, metrics=metrics))
+"""
+STEPS = "def step(w, site):\n    return w * 0.7 + {'1': 0.1, 'a': 0.1, '2': 0.3, 'b': 0.3}[site[-1]]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("external", [False, True])
+def test_a_training_script_travels_with_what_lies_beside_it(
+    federation: Federation, tmp_path: Path, external: bool
+) -> None:
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    write(tmp_path, STEPS, "steps.py")
+    subject = recipe(
+        write(tmp_path, SCRIPT),
+        rounds=1,
+        model={"w": np.linspace(0.0, 1.0, 5)},
+        train_args=[str(ran)],
+        launch_external_process=external,
+    )
+    there = subject.execute(federation.env())
+    assert {path.name for path in ran.iterdir()} == set(SITES)
+    assert there.rounds[-1].fit == {"travelled": 1.0, "args": 2.0}
+    here = subject.execute(SimEnv(device="cpu"))
+    assert here.rounds[-1].fit["travelled"] == 0.0
+    assert here.parameters["w"].tobytes() == there.parameters["w"].tobytes()
 
 
 @pytest.mark.slow

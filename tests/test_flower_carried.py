@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
+import zipfile
 from base64 import b64encode
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from queue import Empty, Queue
@@ -14,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from scripts import recipe, write
 from sfl.core.events import Notice, StageStarted
 from sfl.core.task import FIT
 from sfl.engine.flower.app_folder import carry, write_app
@@ -24,6 +29,7 @@ from sfl.engine.flower.owner import new_key, run_of, sign
 from sfl.engine.flower.sealed import Reader, Seal
 from sfl.engine.launch import Launch
 from sfl.engine.local import LocalEngine
+from sfl.env.carry import Cargo
 from sfl.env.serve import serve
 from sfl.errors import ConfigError, EngineError
 from sfl.io.relay import EventReader
@@ -48,9 +54,9 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     return made
 
 
-def app_of(launch: Launch, folder: Path, **modules: Path) -> str:
+def app_of(launch: Launch, folder: Path, code: Mapping[str, Path] | None = None) -> str:
     app = write_app(folder / "app", None, "an app")
-    carry(app, launch, modules)
+    carry(app, launch, code or {})
     sign(app / "sfl_job" / "launch", KEY)
     return str(app / "sfl_job" / "server.py")
 
@@ -71,7 +77,7 @@ def test_what_is_sealed_opens_for_its_reader_alone_whole_and_in_its_place() -> N
 
 def test_a_carried_launch_is_unpacked_once_where_its_run_is_kept(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("x = 1\n")
-    module = app_of(launch, tmp_path, mine=tmp_path / "mine.py")
+    module = app_of(launch, tmp_path, {"mine.py": tmp_path / "mine.py"})
     site = carried_by_site(module, 7, "hospital-a")
     assert site.folder == tmp_path / "home" / "sfl-runs" / RUN / "launch-site-hospital-a-7"
     assert site.folder.stat().st_mode & 0o077 == 0
@@ -119,9 +125,51 @@ def test_a_log_that_lost_lines_is_followed_on_and_the_loss_is_said_once(
     assert following(launch, *logs) == ["warning" if name == "!" else name for name in told]
 
 
-def test_a_module_that_flower_would_leave_out_is_refused(launch: Launch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must not be named like a test, got 'test_mine'"):
-        app_of(launch, tmp_path, test_mine=tmp_path / "test_mine.py")
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("test_mine.py", "must not be named like a test, got 'test_mine'"),
+        ("train-script/mine_test.py", "must not be named like a test, got 'mine_test'"),
+        ("train-script/train", r"must be named \*\.py, got 'train'"),
+        ("lib", "must not be named lib"),
+        ("sfl_job", "must not be named sfl_job"),
+    ],
+)
+def test_code_that_flower_would_leave_out_is_refused(launch: Launch, tmp_path: Path, place: str, message: str) -> None:
+    path = tmp_path / Path(place).name
+    path.touch() if "." in place or place.endswith("train") else path.mkdir()
+    with pytest.raises(ConfigError, match=message):
+        app_of(launch, tmp_path, {place: path})
+
+
+def test_initial_parameters_that_no_flower_app_can_hold_are_refused_with_a_way_out(
+    launch: Launch, tmp_path: Path
+) -> None:
+    launch.recipe.write_bytes(bytes(11 << 20))
+    with pytest.raises(ConfigError, match=r"must fit into a Flower app's 10 MiB, got 11 MiB: .*nvflare-prod"):
+        app_of(launch, tmp_path)
+
+
+def test_flower_takes_all_of_a_script_and_what_lies_beside_it_and_a_site_finds_it(
+    launch: Launch, tmp_path: Path
+) -> None:
+    write(tmp_path, "import deep.m, lib\n", "train.py")
+    write(tmp_path, "x = 1\n", "deep/m.py")
+    write(tmp_path, "y = 1\n", "lib/__init__.py")
+    subject = recipe(str(tmp_path / "train.py"))
+    cargo = Cargo.of(subject, subject.build())
+    cargo.write(launch, launch.read_settings())
+    module = Path(app_of(launch, tmp_path, cargo.code))
+    app = tmp_path / "app"
+    flwr = Path(sys.executable).parent / "flwr"
+    subprocess.run([flwr, "build", "--app", app], cwd=tmp_path, check=True, capture_output=True)
+    (bundle,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(bundle) as files:
+        names = set(files.namelist())
+    assert {"train-script/train.py", "train-script/deep/m.py", "train-script/lib/__init__.py"} <= names
+    assert {f"sfl_job/launch/{path.name}" for path in (app / "sfl_job" / "launch").iterdir()} <= names
+    program = carried_by_site(str(module), 7, "a").read_program()
+    assert program.kwargs["script"]["path"] == str(app / "train-script" / "train.py")
 
 
 def kept(launch: Launch, folder: Path, key: bytes = KEY, flower: int = 7, **said: Any) -> Launch:
@@ -170,7 +218,7 @@ def test_an_order_counts_once_and_a_later_one_goes_on(launch: Launch, tmp_path: 
 def test_what_an_app_says_of_places_on_a_machine_is_not_taken(launch: Launch, tmp_path: Path) -> None:
     elsewhere = str(tmp_path / "elsewhere")
     said: dict[str, Any] = dict.fromkeys(
-        ("run", "out", "sites", "logs", "server", "code", "keeper", "allow"), elsewhere
+        ("run", "out", "sites", "logs", "server", "code", "keeper", "allow", "wait"), elsewhere
     )
     server = kept(launch, tmp_path / "1", **said, run_id="../..", idle=1, most=0)
     site = carried_by_site(app_of(launch, tmp_path / "2"), 7, "server")  # a site's name is its own

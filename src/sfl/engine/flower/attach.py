@@ -77,11 +77,11 @@ def run(launch: Launch, address: str, roots: Path | None) -> int:
     write_connection(home, _LINK, address, roots)
     reader = Reader()
     settings = launch.read_settings()
-    modules = {str(name): Path(path) for name, path in settings["modules"].items()}
-    launch.add_settings(modules={}, logs="", reader=reader.public.hex())  # what is this machine's own stays here
+    code = {str(place): Path(path) for place, path in settings["code"].items()}
+    launch.add_settings(code={}, logs="", reader=reader.public.hex())  # what is this machine's own stays here
     what = f"Flower, {settings['num_clients']} nodes of the SuperLink {address}"
     app = write_app(launch.folder / "flower-app", None, what)
-    carry(app, launch, modules)
+    carry(app, launch, code)
     sign(carried_in(app / "sfl_job"), (launch.folder / KEY).read_bytes())
     number = submit(app)
     sys.stdout.write(f"run {number} on {address}\n")

@@ -68,9 +68,9 @@ def carried_by_site(module: str, run: int, site: str) -> Launch:
         site: The site's name.
     """
     home, order = _home(module)
-    here = {"sites": str(home / "sites"), "names": [site], "idle": _IDLE}
+    app = str(Path(module).absolute().parents[1])
+    here = {"sites": str(home / "sites"), "names": [site], "idle": _IDLE, "code": app}
     launch = _unpacked(module, home, order, Place(f"site-{_plain(site)}", run, here))
-    app = str(Path(module).parents[1])
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if app not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([app, *filter(None, known)])
