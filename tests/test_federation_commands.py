@@ -228,9 +228,9 @@ def test_a_run_is_submitted_again_from_its_folder_and_a_try_that_fails_leaves_it
     config = tmp_path / "runs" / "one" / "config.yaml"
     before = config.read_text()
     refusals.append("it is under way")
-    assert main("submit esm2 --resume runs/one --num-rounds 5".split()) == 1
+    assert main(["submit", "esm2", "--resume", "runs/one", "--num-rounds", "5"]) == 1
     assert config.read_text() == before
-    assert main("submit esm2 --resume runs/one --num-rounds 5".split()) == 0
+    assert main(["submit", "esm2", "--resume", "runs/one", "--num-rounds", "5"]) == 0
     assert taken == [(2, Path("runs/one"), False), (5, Path("runs/one"), True)]
     assert "num_rounds: 5" in config.read_text()
     said = capsys.readouterr()
