@@ -138,10 +138,7 @@ STEPS = "def step(w, site):\n    return w * 0.7 + {'1': 0.1, 'a': 0.1, '2': 0.3,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("external", [False, True])
-def test_a_training_script_travels_with_what_lies_beside_it(
-    federation: Federation, tmp_path: Path, external: bool
-) -> None:
+def test_a_training_script_travels_with_what_lies_beside_it(federation: Federation, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     ran.mkdir()
     write(tmp_path, STEPS, "steps.py")
@@ -150,7 +147,7 @@ def test_a_training_script_travels_with_what_lies_beside_it(
         rounds=1,
         model={"w": np.linspace(0.0, 1.0, 5)},
         train_args=[str(ran)],
-        launch_external_process=external,
+        evaluate_every=0,
     )
     there = subject.execute(federation.env())
     assert {path.name for path in ran.iterdir()} == set(SITES)
