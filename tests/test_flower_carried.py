@@ -29,7 +29,9 @@ from sfl.engine.flower.owner import new_key, run_of, sign
 from sfl.engine.flower.sealed import Reader, Seal
 from sfl.engine.launch import Launch
 from sfl.engine.local import LocalEngine
+from sfl.env import FlowerEnv
 from sfl.env.carry import Cargo
+from sfl.env.remote import Plan
 from sfl.env.serve import serve
 from sfl.errors import ConfigError, EngineError
 from sfl.io.relay import EventReader
@@ -198,6 +200,26 @@ def test_a_run_is_of_who_has_its_key(launch: Launch, tmp_path: Path) -> None:
     (app / "owner.json").unlink()
     with pytest.raises(EngineError, match="must be signed with the key of its run"):
         carried_by_site(str(app.parent / "client.py"), 8, "a")
+
+
+def test_the_key_of_a_run_stays_in_its_folder_and_nobody_goes_on_without_it(tmp_path: Path) -> None:
+    out, env, job = tmp_path / "run", FlowerEnv(superlink="fl.example.org:9093"), remembers().build()
+    out.mkdir()
+
+    def settings(name: str, *, resume: bool) -> str:
+        launch = Launch(tmp_path / name)
+        launch.folder.mkdir()
+        said = env.settings(Plan(remembers(), job, launch, out, resume))
+        assert said["run"] == run_of((launch.folder / "owner.key").read_bytes())
+        assert (launch.folder / "owner.key").read_bytes().hex() not in json.dumps(said)
+        return said["run"]
+
+    begun = settings("one", resume=False)
+    assert (out / "owner.key").stat().st_mode & 0o777 == 0o600
+    assert settings("two", resume=True) == begun
+    (out / "owner.key").unlink()
+    with pytest.raises(ConfigError, match=r"out must hold the key of its run, owner\.key, got none or another"):
+        settings("three", resume=True)
 
 
 def test_an_order_counts_once_and_a_later_one_goes_on(launch: Launch, tmp_path: Path) -> None:

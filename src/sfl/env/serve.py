@@ -74,7 +74,7 @@ def _must_fit(most: int, out: Path | None, event: Event) -> None:
     if isinstance(event, RunStarted):
         size = event.nbytes
     elif isinstance(event, RoundStarted) and out is not None:  # what the algorithm remembers is in the checkpoint, too
-        size = Checkpoints(RunFolder(out).checkpoints).paths()[-1].stat().st_size
+        size = sum(path.stat().st_size for path in Checkpoints(RunFolder(out).checkpoints).paths()[-1:])
     if size > most:
         raise EngineError(
             f"a model and what its algorithm remembers must fit into {most / 2**30:g} GiB to come home through a "

@@ -33,9 +33,9 @@ _PATIENCE = (
     3600  # seconds that Flower may take to hand over a piece of the log; its own minute is short for a slow line
 )
 _LOG = """import sys
-from flwr.cli import log
 from flwr.cli.app import app
-log.CONN_REFRESH_PERIOD = {patience}
+if log := sys.modules.get("flwr.cli.log"):
+    log.CONN_REFRESH_PERIOD = {patience}
 sys.exit(app(["log", {run!r}, {link!r}]))
 """
 _FLWR = str(Path(sys.executable).with_name("flwr"))
