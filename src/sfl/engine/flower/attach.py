@@ -29,9 +29,7 @@ from sfl.errors import EngineError
 
 _LINK = "sfl"
 _TRIES, _AGAIN = 5, 3.0  # times that a log which breaks off is asked for, and seconds between two
-_PATIENCE = (
-    3600  # seconds that Flower may take to hand over a piece of the log; its own minute is short for a slow line
-)
+_PATIENCE = 3600  # seconds that Flower may take over a piece of the log; its own minute is short for a slow line
 _LOG = """import sys
 from flwr.cli.app import app
 if log := sys.modules.get("flwr.cli.log"):
