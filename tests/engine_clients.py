@@ -52,6 +52,11 @@ def many_kinds() -> Parameters:
     }
 
 
+def large() -> Parameters:
+    """More than 64 MiB."""
+    return {"w": np.random.default_rng(1).normal(size=(9 << 20,))}
+
+
 class Dies(Remembers):
     """The process of site 0 dies in round two, once; ``marker`` says that it has."""
 

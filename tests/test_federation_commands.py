@@ -16,6 +16,9 @@ from sfl.cli import main
 from sfl.cli.jobs import as_json, as_table
 from sfl.engine.nvflare.admin import FederationState, JobLine
 from sfl.engine.nvflare.standing import Standing
+from sfl.env import ProdEnv
+from sfl.errors import EngineError
+from sfl.recipe import Recipe
 
 KIT = "poc/kits/admin@sfl.poc"
 
@@ -48,6 +51,8 @@ def prepared(capsys: pytest.CaptureFixture[str]) -> Standing:
         ("submit sum", 2, "startup_kit must be the folder of an admin's kit, got none."),
         ("submit sum --startup-kit x", 2, "startup_kit must be the kit of an admin, got 'x'."),
         ("submit esm2 --backend sim", 2, "backend must be nvflare-prod to submit, got 'sim'. Leave it out."),
+        ("submit esm2 --resume gone", 2, "--resume must name the folder of a run, with its config.yaml, got 'gone'."),
+        ("submit esm2 --resume gone --local-steps 3", 2, "What changes at --resume must be one of num_rounds"),
         ("submit esm2 --num-round 3", 2, "Did you mean --num-rounds?"),
         ("status --startup-kit x", 2, "startup_kit must be the kit of an admin, got 'x'."),
         ("status", 2, "--startup-kit"),
@@ -203,3 +208,31 @@ def test_their_help_loads_nothing_heavy() -> None:
         )
         assert done.stdout
         assert {"torch", "transformers", "flwr", "nvflare", "ray"}.isdisjoint(done.stderr.split())
+
+
+def test_a_run_is_submitted_again_from_its_folder_and_a_try_that_fails_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken: list[tuple[int, Path, bool]] = []
+    refusals: list[str] = []
+
+    def submit(_: ProdEnv, recipe: Recipe, *, out: Path, resume: bool = False) -> str:
+        if refusals:
+            raise EngineError(refusals.pop())
+        taken.append((recipe.build().federation.num_rounds, out, resume))
+        return "a-job"
+
+    monkeypatch.setattr(ProdEnv, "submit", submit)
+    begin = "submit esm2 --out runs/one --num-clients 2 --num-rounds 2 --startup-kit kit --local-steps 1"
+    assert main(begin.split()) == 0
+    config = tmp_path / "runs" / "one" / "config.yaml"
+    before = config.read_text()
+    refusals.append("it is under way")
+    assert main(["submit", "esm2", "--resume", "runs/one", "--num-rounds", "5"]) == 1
+    assert config.read_text() == before
+    assert main(["submit", "esm2", "--resume", "runs/one", "--num-rounds", "5"]) == 0
+    assert taken == [(2, Path("runs/one"), False), (5, Path("runs/one"), True)]
+    assert "num_rounds: 5" in config.read_text()
+    said = capsys.readouterr()
+    assert said.out == "a-job\na-job\n"
+    assert "sfl download a-job --wait --startup-kit kit --out runs/one" in said.err

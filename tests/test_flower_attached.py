@@ -12,8 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import engine_clients as clients
+import sfl
+from scripts import recipe, write
 from sfl.core.events import Event, StageStarted
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.keys import make_node_keys, make_server_keys
@@ -28,6 +32,7 @@ from test_engines import remembers
 
 pytestmark = pytest.mark.timeout(300)
 BIN = Path(sys.executable).parent
+SOURCE = str(Path(sfl.__file__).parents[1])  # and none of the user's own modules
 SITES = {"hospital-a": "site='hospital-a'", "hospital-b": "site='hospital-b'"}
 
 
@@ -73,7 +78,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     with ExitStack() as stack:
 
         def start(name: str, command: str, options: list[object]) -> None:
-            environ = child_environment(1, folder) | {"FLWR_HOME": str(folder / name), "PYTHONPATH": ""}
+            environ = child_environment(1, folder) | {"FLWR_HOME": str(folder / name), "PYTHONPATH": SOURCE}
             words = [str(BIN / command), *map(str, options)]
             guard = Guarded(words, log=folder / f"{name}.log", env=environ, folder=folder / "none")
             stack.enter_context(guard)
@@ -114,6 +119,53 @@ def test_a_job_gives_the_bits_of_the_simulation_comes_home_and_goes_on(federatio
         assert value.tobytes() == rest.parameters[name].tobytes(), name
     left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("*/launch-*")]
     assert left == []  # what the sites remember stays with them, and nothing else
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import sfl.client as flare
+from steps import step
+
+flare.init()
+Path(sys.argv[1], flare.get_site_name()).touch()
+while flare.is_running():
+    model = flare.receive()
+    metrics = {"travelled": float(Path(__file__).parent.name == "train-script"), "args": float(len(sys.argv))}
+    flare.send(flare.FLModel(params={"w": step(model.params["w"], flare.get_site_name())}, metrics=metrics))
+"""
+STEPS = "def step(w, site):\n    return w * 0.7 + {'1': 0.1, 'a': 0.1, '2': 0.3, 'b': 0.3}[site[-1]]\n"
+
+
+@pytest.mark.slow
+def test_a_training_script_travels_with_what_lies_beside_it(federation: Federation, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    write(tmp_path, STEPS, "steps.py")
+    subject = recipe(
+        write(tmp_path, SCRIPT),
+        rounds=1,
+        model={"w": np.linspace(0.0, 1.0, 5)},
+        train_args=[str(ran)],
+        evaluate_every=0,
+    )
+    there = subject.execute(federation.env())
+    assert {path.name for path in ran.iterdir()} == set(SITES)
+    assert there.rounds[-1].fit == {"travelled": 1.0, "args": 2.0}
+    here = subject.execute(SimEnv(device="cpu"))
+    assert here.rounds[-1].fit["travelled"] == 0.0
+    assert here.parameters["w"].tobytes() == there.parameters["w"].tobytes()
+
+
+@pytest.mark.slow
+def test_a_large_model_comes_home_whole(federation: Federation, tmp_path: Path) -> None:
+    subject = replace(job(1), initial_parameters=clients.large, evaluate_every=0)
+    out = tmp_path / "run"
+    there = subject.execute(federation.env(), out=out)
+    assert there.parameters["w"].nbytes > 64 << 20
+    assert there.parameters["w"].tobytes() == subject.execute(SimEnv(device="cpu")).parameters["w"].tobytes()
+    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert "sfl-part" not in (federation.folder / "superlink.log").read_text()
 
 
 @pytest.mark.slow

@@ -21,7 +21,9 @@ from scripts import EXAMPLES, recipe, write
 from sfl.cli import main
 from sfl.engine.guard import end_marked, marked
 from sfl.engine.nvflare.standing import MARK, Standing
+from sfl.errors import ConfigError, EngineError
 from sfl.io.checkpoint import Checkpoints
+from sfl.io.metrics import read_metrics
 from sfl.server.app import sum_recipe
 from sfl.types import Parameters
 
@@ -142,6 +144,20 @@ def test_a_submitted_job_is_seen_and_comes_home_with_the_bits_of_the_simulation(
     assert federation.final("sum")["sum"].tobytes() == sum_recipe().execute().parameters["sum"].tobytes()
 
 
+def test_a_run_is_submitted_again_and_goes_on_from_what_the_server_kept(federation: Federation) -> None:
+    from sfl.env import ProdEnv
+
+    env, out = ProdEnv(startup_kit=federation.folder / federation.kit), federation.folder / "runs" / "longer"
+    with pytest.raises(ConfigError, match="out must be the folder of a run that nvflare-prod keeps"):
+        env.submit(sum_recipe(), out=out, resume=True)
+    for rounds in (1, 3):
+        federation.jobs["longer"] = env.submit(sum_recipe(num_rounds=rounds), out=out, resume=rounds > 1)
+        home = federation.home("longer")
+        assert home.returncode == 0, home.stderr
+    assert [entry["round"] for entry in read_metrics(out / "metrics.jsonl") if entry["round"]] == [1, 2, 3]
+    assert federation.final("longer")["sum"].tobytes() == sum_recipe(num_rounds=3).execute().parameters["sum"].tobytes()
+
+
 def test_an_exported_job_gives_the_same_bits_through_plain_flare(federation: Federation) -> None:
     here = recipe(str(EXAMPLES / "train_numpy.py"), model=START).execute().parameters["w"].tobytes()
     home = federation.home("numpy-job")
@@ -198,6 +214,8 @@ def test_what_is_aborted_ends_and_what_is_stopped_leaves_nothing(federation: Fed
     for name in ("one", "two"):
         endless = recipe(script, rounds=999, launch_external_process=True, train_args=name)
         jobs.append(env.submit(endless, out=tmp_path / name))
+    with pytest.raises(EngineError, match=f"must have ended before the run goes on, got {jobs[1]}"):
+        env.submit(endless, out=tmp_path / "two", resume=True)
     for name in ("one", "two"):
         pids[name] = [wait_for_pid(tmp_path / f"{name}-{site}") for site in ("site-1", "site-2")]
     aborted = federation.sfl("abort", jobs[0], "--startup-kit", federation.kit)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from sfl.cli.commands import ConfigFile
+from sfl.cli.commands import ConfigFile, RunFolder
 from sfl.cli.jobs import as_json, as_table
 from sfl.cli.options import with_options
 from sfl.cli.submit import submit_esm2, sum_demo
@@ -85,13 +85,17 @@ def clean(*, workspace: Workspace = HOME) -> int:
     return 0
 
 
-def _submit_esm2(*, workspace: Workspace = HOME, config: ConfigFile = None, **overrides: object) -> int:
+def _submit_esm2(
+    *, workspace: Workspace = HOME, config: ConfigFile = None, resume: RunFolder = None, **overrides: object
+) -> int:
     """Submit a training of ESM2 to this federation, and do not wait for it."""
     if "startup_kit" in overrides:
         raise ConfigError("startup_kit must be left out, as the federation has its own. Or use: sfl submit esm2")
     standing = _standing(workspace)
-    here = {"num_clients": str(len(standing.sites)), "startup_kit": str(standing.admin_kit)}
-    return submit_esm2(config, {**here, **overrides})
+    here = {"startup_kit": str(standing.admin_kit)}
+    if resume is None:
+        here["num_clients"] = str(len(standing.sites))
+    return submit_esm2(config, {**here, **overrides}, resume)
 
 
 esm2 = with_options(ESM2RunConfig, _submit_esm2)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sfl.cli.commands import ConfigFile, resolve_esm2, warn
+from sfl.cli.commands import ConfigFile, RunFolder, resolve_esm2, warn
 from sfl.cli.options import with_options
 from sfl.errors import ConfigError
 from sfl.esm2.config import ESM2RunConfig
@@ -17,16 +17,21 @@ from sfl.esm2.config import ESM2RunConfig
 BACKEND = "nvflare-prod"
 
 
-def _esm2(*, config: ConfigFile = None, **overrides: object) -> int:
+def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
     """Submit a training of ESM2, and do not wait for it."""
-    return submit_esm2(config, overrides)
+    return submit_esm2(config, overrides, resume)
 
 
 esm2 = with_options(ESM2RunConfig, _esm2)
 
 
-def submit_esm2(config: Path | None, overrides: Mapping[str, object]) -> int:
+def submit_esm2(config: Path | None, overrides: Mapping[str, object], resume: Path | None) -> int:
     """Submit a training of ESM2 with the kit that the options name.
+
+    Args:
+        config: A YAML file to read instead of those of the current folder.
+        overrides: The flags that were given.
+        resume: The folder of the run to go on with.
 
     Raises:
         ConfigError: If an option is wrong, or there is no kit.
@@ -34,18 +39,20 @@ def submit_esm2(config: Path | None, overrides: Mapping[str, object]) -> int:
     """
     if overrides.get("backend", BACKEND) != BACKEND:
         raise ConfigError(f"backend must be {BACKEND} to submit, got {overrides['backend']!r}. Leave it out.")
-    resolved = resolve_esm2(config, None, {**overrides, "backend": BACKEND})
+    resolved = resolve_esm2(config, resume, {**overrides, "backend": BACKEND})
     kit = _kit(resolved.config.federation.startup_kit)
     from sfl.env import ProdEnv
     from sfl.esm2.main import begin_esm2
 
-    recipe, folder = begin_esm2(resolved, warn)
+    recipe, folder, write_config = begin_esm2(resolved, warn, resume=resume)
     env = ProdEnv(device=resolved.config.client.device, startup_kit=kit)
     try:
-        job = env.submit(recipe, out=folder)
+        job = env.submit(recipe, out=folder, resume=resume is not None)
     except BaseException:
-        shutil.rmtree(folder)  # it holds no more than what was said; the next try may have its name
+        if resume is None:
+            shutil.rmtree(folder)  # it holds no more than what was said; the next try may have its name
         raise
+    write_config()
     return said(job, kit, folder)
 
 

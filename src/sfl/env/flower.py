@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sfl.engine.launch import Launch
-from sfl.env.carry import carried_settings
+from sfl.env.carry import Cargo, carried_settings
 from sfl.env.checks import require
 from sfl.env.kept import kept_names, run_id
-from sfl.env.modules import own_modules
 from sfl.env.remote import Plan, RemoteEnv
 from sfl.errors import ConfigError
-from sfl.utils.plain import describe, names_in
 
 __all__ = ["FlowerEnv", "FlowerSimEnv"]
 
@@ -36,9 +34,10 @@ class FlowerEnv(RemoteEnv):
     """A deployed Flower federation: one for this job, or one that runs already.
 
     Without ``superlink``, SuperLink and SuperNodes are processes of this machine, over TLS, that end with the job. With
-    it, the job is submitted to that SuperLink, as any Flower app. The app carries the job, of the user's own code the
-    modules that it names. What the server makes stays on its machine under the run's id, and is brought into
-    ``out`` when the job has ended; a run that was cut off goes on from there.
+    it, the job is submitted to that SuperLink, as any Flower app. The app carries the job; of the user's own code, the
+    modules that it names, or its training script with what that imports from beside it. What the server makes stays on
+    its machine under the run's id, and is brought into ``out`` when the job has ended; a run that was cut off goes on
+    from there.
 
     Attributes:
         superlink: Address of the Control API of a SuperLink that runs, as host:port.
@@ -73,14 +72,20 @@ class FlowerEnv(RemoteEnv):
         """What server and sites are told; to those of others, nothing of this machine."""
         if self.superlink is None:
             return super().settings(plan)
-        named = names_in([describe(plan.recipe, "the recipe"), describe(plan.job.program, "the job")])
         return {
             **carried_settings(plan.job, self.device),
             "names": sorted(self.sites) or kept_names(plan.out),
             "resume": plan.resume,
-            "run": run_id(plan.out, "flower-deploy", resume=plan.resume),
-            "modules": {name: str(path) for name, path in own_modules(named).items()},
+            "run": _owned_run(plan),
         }
+
+    def write(self, plan: Plan, logs: Path) -> None:
+        """Write what the engine's processes read, or what the job carries."""
+        if self.superlink is None:
+            super().write(plan, logs)
+            return
+        cargo = Cargo.of(plan.recipe, plan.job)
+        cargo.write(plan.launch, {**self.settings(plan), "logs": str(logs)})
 
     def check_resumable(self, out: Path | None) -> None:
         """A run of a SuperLink that lives on is kept by itself."""
@@ -91,6 +96,26 @@ class FlowerEnv(RemoteEnv):
         """Copy what came home into ``out``."""
         if (launch.folder / "home" / "run").is_dir():
             shutil.copytree(launch.folder / "home" / "run", out, dirs_exist_ok=True)
+
+
+def _owned_run(plan: Plan) -> str:
+    """The id of a run, after handing its owner's key, a new one or that of the run in ``out``, to the launch.
+
+    Raises:
+        ConfigError: If the run in ``out`` is to go on and its key is not there.
+    """
+    require("flwr")
+    from sfl.engine.flower.keys import write_secret
+    from sfl.engine.flower.owner import KEY, new_key, run_of
+
+    kept = plan.out / KEY if plan.out is not None else None
+    key = kept.read_bytes() if plan.resume and kept is not None and kept.is_file() else new_key()
+    run = run_id(plan.out, "flower-deploy", resume=plan.resume, new=run_of(key))
+    if run != run_of(key):
+        raise ConfigError(f"out must hold the key of its run, {KEY}, got none or another in {plan.out}. Put it back.")
+    for folder in (plan.launch.folder, *([plan.out] if plan.out is not None else [])):
+        write_secret(folder / KEY, key)
+    return run
 
 
 def _command(module: str, launch: Launch, *packages: str) -> list[str]:

@@ -31,8 +31,14 @@ def kept_names(out: Path | None) -> list[str]:
     return list(read_note(out or Path()).get("names", ()))
 
 
-def run_id(out: Path | None, backend: str, *, resume: bool) -> str:
+def run_id(out: Path | None, backend: str, *, resume: bool, new: str = "") -> str:
     """The id under which server and sites keep this run: a new one, or that of the run in ``out``.
+
+    Args:
+        out: The run's folder, if it has one.
+        backend: Who keeps it.
+        resume: Whether the run in ``out`` goes on.
+        new: The id of a new run; by default a random one.
 
     Raises:
         ConfigError: If ``out`` is to go on and is no run of this backend.
@@ -42,7 +48,7 @@ def run_id(out: Path | None, backend: str, *, resume: bool) -> str:
         if known.get("backend") != backend:
             raise ConfigError(f"out must be the folder of a run that {backend} keeps, got {str(out)!r}.")
         return str(known["run"])
-    run = uuid.uuid4().hex
+    run = new or uuid.uuid4().hex
     if out is not None:
         write_text(out / REMOTE, json.dumps({"run": run, "backend": backend}) + "\n")
     return run

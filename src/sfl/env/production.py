@@ -67,29 +67,38 @@ class ProdEnv(RemoteEnv):
         if (launch.folder / _MADE).is_dir():
             shutil.copytree(launch.folder / _MADE, out, dirs_exist_ok=True)
 
-    def submit(self, recipe: Recipe, *, out: Path) -> str:
+    def submit(self, recipe: Recipe, *, out: Path, resume: bool = False) -> str:
         """Submit a recipe and do not wait for it.
 
         Args:
             recipe: What to run.
             out: The run's folder, for ``bring_home`` once the job has ended.
+            resume: Go on with the run in ``out`` from what the server kept of it.
 
         Returns:
             FLARE's name of the job.
 
         Raises:
-            EngineError: If the federation does not answer, does not fit the job, or refuses it.
+            ConfigError: If ``out`` is to go on and is no run of such a federation.
+            EngineError: If the federation does not answer, does not fit the job, or refuses it, or if the run that is
+                to go on is under way.
         """
         check_kit(self.startup_kit)
         require("nvflare")
-        from sfl.engine.nvflare.admin import admin
+        from sfl.engine.nvflare.admin import admin, is_under_way
         from sfl.engine.nvflare.submit import carrying_job
 
         job = recipe.build()
         with tempfile.TemporaryDirectory(prefix="sfl-submit-") as temporary:
             launch = Launch(Path(temporary))
             with admin(self.startup_kit) as session:
-                self.write(Plan(recipe, job, launch, out, resume=False), Path())
+                before = str(read_note(out).get("job", ""))
+                if resume and before and is_under_way(session, before):
+                    raise EngineError(
+                        f"the job of a run must have ended before the run goes on, got {before}, which has not. "
+                        "Wait for it, or end it with: sfl abort"
+                    )
+                self.write(Plan(recipe, job, launch, out, resume), Path())
                 name = session.submit_job(str(carrying_job(launch, session)))
             add_note(out, names=launch.read_settings()["names"], job=name)
         return name

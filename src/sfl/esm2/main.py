@@ -48,8 +48,13 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Pat
         pinned = _pinned(config, model, resume)
         folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
         write_config = _checked(folder, pinned, resolved, console, resume=resume is not None)
+
+        def went_on(event: Event) -> None:
+            if resume and isinstance(event, RunStarted):
+                write_config()
+
         try:
-            _train(pinned, model, env, folder, observers=(console, write_config), resume=resume is not None)
+            _train(pinned, model, env, folder, observers=(console, went_on), resume=resume is not None)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(str(folder.path)) from None  # says which run can be resumed
         console(Notice(text=f"model:  {folder.model}"))
@@ -57,19 +62,25 @@ def run_esm2(resolved: Resolved[ESM2RunConfig], env: Environment, *, resume: Pat
     return 0
 
 
-def begin_esm2(resolved: Resolved[ESM2RunConfig], say: Callable[[str], object]) -> tuple[Recipe, Path]:
-    """A new run's folder, with its configuration, and the recipe that is to run in it: for who does not wait for it.
+def begin_esm2(
+    resolved: Resolved[ESM2RunConfig], say: Callable[[str], object], *, resume: Path | None = None
+) -> tuple[Recipe, Path, Callable[[], None]]:
+    """For who does not wait for a run: what is to run, and a folder for it with its configuration.
 
     Args:
         resolved: The configuration and where each value came from.
         say: Called with what a person should know.
+        resume: Folder of the run to go on with.
+
+    Returns:
+        The recipe, the run's folder, and what to call once it is submitted: it writes down the flags of this call.
     """
     model = find_model(resolved.config.client.model)
     say(model.why)
-    pinned = _pinned(resolved.config, model, None)
-    folder = RunFolder.create(Path(str(pinned.logging.out)))
-    _checked(folder, pinned, resolved, lambda event: _say_notice(event, say), resume=False)
-    return _recipe(pinned, model)[0], folder.path
+    pinned = _pinned(resolved.config, model, resume)
+    folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
+    write_config = _checked(folder, pinned, resolved, lambda event: _say_notice(event, say), resume=resume is not None)
+    return _recipe(pinned, model)[0], folder.path, write_config
 
 
 def esm2_job(config: ESM2RunConfig, say: Callable[[str], object]) -> Recipe:
@@ -126,11 +137,11 @@ def _pinned(config: ESM2RunConfig, model: ModelSource, resume: Path | None) -> E
 
 def _checked(
     folder: RunFolder, config: ESM2RunConfig, resolved: Resolved[ESM2RunConfig], console: Observer, *, resume: bool
-) -> Observer:
+) -> Callable[[], None]:
     """Look at options and data, and write them down.
 
     A new run's configuration is written here, so that whatever happens next it can be resumed. That of a run that goes
-    on is written when it does, by the observer that is returned: flags that it refuses must not stay.
+    on is written when it does, by what is returned: flags that it refuses must not stay.
     """
     from sfl.esm2.client import federated_data
 
@@ -159,7 +170,7 @@ def _checked(
     if not resume:
         write()
     folder.write_json("data.json", described)
-    return lambda event: write() if resume and isinstance(event, RunStarted) else None
+    return write
 
 
 def _fixed(config: ESM2RunConfig) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from sfl.engine.launch import Launch
 from sfl.errors import ConfigError
 
+_MOST = 10 << 20  # bytes that Flower takes as an app
+_TAKEN = {"sfl_job", "build", "eggs", "lib", "lib64", "parts", "env", "venv", "ENV"}  # at an app's root
 _PROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
@@ -69,8 +71,8 @@ def write_app(folder: Path, launch: Path | None, what: str) -> Path:
     return folder
 
 
-def carry(app: Path, launch: Launch, modules: Mapping[str, Path]) -> None:
-    """Put a launch and the user's own modules into an app, for machines that share no disk.
+def carry(app: Path, launch: Launch, code: Mapping[str, Path]) -> None:
+    """Put a launch and the user's own code into an app, for machines that share no disk.
 
     Flower hands one bundle to everybody, so sites get the server's recipe, too. It takes text files alone, so the
     recipe travels as text.
@@ -78,24 +80,41 @@ def carry(app: Path, launch: Launch, modules: Mapping[str, Path]) -> None:
     Args:
         app: The app's folder.
         launch: What it carries.
-        modules: The user's own modules, by name.
+        code: The user's own code: where it lies in the app, and where it lies here.
 
     Raises:
-        ConfigError: If Flower would leave a module out.
+        ConfigError: If it is too much for Flower, or Flower would leave some of it out.
     """
+    size = launch.recipe.stat().st_size
+    if size > _MOST:
+        raise ConfigError(
+            f"a recipe must fit into a Flower app's {_MOST >> 20} MiB, got {size / 2**20:.3g} MiB: it holds the "
+            "initial parameters. Give a function that makes them on the server, or run it with --backend nvflare-prod."
+        )
     carried = carried_in(app / "sfl_job")
     carried.mkdir()
     recipe = base64.b64encode(launch.recipe.read_bytes()).decode()
     (carried / "recipe.json").write_text(json.dumps({"safetensors": recipe}), encoding="utf-8")
     shutil.copy(launch.settings, carried)
     shutil.copy(launch.program, carried)
-    for name, path in modules.items():
-        if name.startswith("test_") or name.endswith("_test") or name == "sfl_job":
-            raise ConfigError(f"a module that travels in a Flower app must not be named like a test, got {name!r}.")
+    for place, path in code.items():
+        _check_carried(Path(place), path)
+        target = app / place
+        target.parent.mkdir(exist_ok=True)
         if path.is_dir():
-            shutil.copytree(path, app / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
         else:
-            shutil.copy(path, app / f"{name}.py")
+            shutil.copy(path, target)
+
+
+def _check_carried(place: Path, path: Path) -> None:
+    """Refuse what Flower would leave out of an app without a word."""
+    if place.stem.startswith("test_") or place.stem.endswith("_test"):
+        raise ConfigError(f"code that travels in a Flower app must not be named like a test, got {place.stem!r}.")
+    if str(place) in _TAKEN:
+        raise ConfigError(f"a package that travels in a Flower app must not be named {place}. Rename it.")
+    if not path.is_dir() and place.suffix != ".py":
+        raise ConfigError(f"code that travels in a Flower app must be named *.py, got {path.name!r}. Rename it.")
 
 
 def carried_in(package: Path) -> Path:

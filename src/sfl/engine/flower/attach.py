@@ -6,91 +6,37 @@ back.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
-from sfl.engine.flower.app_folder import carry, write_app
+from sfl.engine.flower.app_folder import carried_in, carry, write_app
 from sfl.engine.flower.deploy import write_connection
-from sfl.engine.flower.home import EVENT, PART
+from sfl.engine.flower.following import Following
+from sfl.engine.flower.owner import KEY, sign
 from sfl.engine.flower.sealed import Reader
 from sfl.engine.launch import Launch
 from sfl.errors import EngineError
-from sfl.io.tree import write_text
 
 _LINK = "sfl"
 _TRIES, _AGAIN = 5, 3.0  # times that a log which breaks off is asked for, and seconds between two
+_PATIENCE = 3600  # seconds that Flower may take over a piece of the log; its own minute is short for a slow line
+_LOG = """import sys
+from flwr.cli.app import app
+if log := sys.modules.get("flwr.cli.log"):
+    log.CONN_REFRESH_PERIOD = {patience}
+sys.exit(app(["log", {run!r}, {link!r}]))
+"""
 _FLWR = str(Path(sys.executable).with_name("flwr"))
-
-
-class Following:
-    """What has come home of a run.
-
-    Args:
-        launch: Where events are written to.
-        reader: Opens the result.
-    """
-
-    def __init__(self, launch: Launch, reader: Reader) -> None:
-        self._launch, self._reader = launch, reader
-        self._events = 0
-        self._parts: dict[int, bytes] = {}
-        self._wanted = -1
-
-    def read(self, log: IO[str]) -> None:
-        """Take in a log; the lines that are not ours go to this process's output."""
-        with self._launch.events.open("a", encoding="utf-8") as events:
-            for line in log:
-                kind, _, rest = line.rstrip("\n").partition(" ")
-                number, _, text = rest.partition(" ")
-                if kind == EVENT and number.isdecimal():
-                    if int(number) == self._events:  # a log that is asked for again begins anew
-                        self._events += 1
-                        events.write(text + "\n")
-                        events.flush()
-                elif kind == PART and line.endswith("\n"):  # else it is cut, and the log is asked for again
-                    place, _, count = number.partition("/")
-                    self._wanted = int(count)
-                    self._parts[int(place)] = base64.b64decode(text)
-                elif line.strip():
-                    sys.stdout.write(line)
-                    sys.stdout.flush()
-
-    def is_whole(self) -> bool:
-        """Whether the result is all there."""
-        return len(self._parts) == self._wanted
-
-    def unpack(self) -> bool:
-        """Write what came home into the launch, the outcome last; whether there was one."""
-        if not self.is_whole():
-            return False
-        data = self._reader.open(b"".join(self._parts[place] for place in range(self._wanted)))
-        made = Launch(self._launch.folder / "home")
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            tar.extractall(made.folder, filter="data")
-        text = made.outcome.read_text(encoding="utf-8")
-        if made.final.exists():
-            shutil.move(made.final, self._launch.final)
-        elif json.loads(text)["error"] is None:
-            raise EngineError(
-                "parameters must fit into 64 MiB to come home through a SuperLink's log, got more. They are on its "
-                f"machine, in sfl-runs/{self._launch.read_settings()['run']} of FLWR_HOME."
-            )
-        write_text(self._launch.outcome, text)
-        return True
 
 
 def submit(app: Path) -> str:
@@ -129,11 +75,12 @@ def run(launch: Launch, address: str, roots: Path | None) -> int:
     write_connection(home, _LINK, address, roots)
     reader = Reader()
     settings = launch.read_settings()
-    modules = {str(name): Path(path) for name, path in settings["modules"].items()}
-    launch.add_settings(modules={}, logs="", reader=reader.public.hex())  # what is this machine's own stays here
+    code = {str(place): Path(path) for place, path in settings["code"].items()}
+    launch.add_settings(code={}, logs="", reader=reader.public.hex())  # what is this machine's own stays here
     what = f"Flower, {settings['num_clients']} nodes of the SuperLink {address}"
     app = write_app(launch.folder / "flower-app", None, what)
-    carry(app, launch, modules)
+    carry(app, launch, code)
+    sign(carried_in(app / "sfl_job"), (launch.folder / KEY).read_bytes())
     number = submit(app)
     sys.stdout.write(f"run {number} on {address}\n")
 
@@ -149,15 +96,16 @@ def run(launch: Launch, address: str, roots: Path | None) -> int:
     following = Following(launch, reader)
     for _ in range(_TRIES):
         environ = {**os.environ, "PYTHONUNBUFFERED": "1"}  # else it keeps lines back until there are many
-        with subprocess.Popen([_FLWR, "log", number, _LINK], stdout=subprocess.PIPE, text=True, env=environ) as log:
+        words = [sys.executable, "-c", _LOG.format(patience=_PATIENCE, run=number, link=_LINK)]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environ) as log:
             if log.stdout is not None:
                 following.read(log.stdout)
-        if log.returncode == 0 or following.is_whole():
+        if following.is_whole() or (log.returncode == 0 and not following.has_begun()):
             break
         time.sleep(_AGAIN)
     if following.unpack():
         return 0
-    sys.stdout.write(f"the run {number} ended on {address} without an outcome; above is its log\n")
+    sys.stdout.write(f"the run {number} ended on {address} without an outcome{following.missing()}; above is its log\n")
     return 1
 
 

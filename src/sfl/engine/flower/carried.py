@@ -1,7 +1,8 @@
 """A launch that a Flower app carries: unpacked where SuperLink or SuperNode run, with folders that outlive the run.
 
 Everything lies in ``FLWR_HOME`` of the machine, under ``sfl-runs/<run id>``: what the server has done, what sites
-remember, logs. A run that is submitted again with the same id goes on from there.
+remember, logs. Who has the run's key can submit it again, and it goes on from there; see `owner`. Of what the app says,
+only what is known is taken, and nothing that leads to a place on this machine.
 """
 
 from __future__ import annotations
@@ -12,17 +13,38 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sfl.engine.flower.app_folder import carried_in
+from sfl.engine.flower.owner import Order, read_order
 from sfl.engine.launch import Launch
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
 
 RESULT = "run"
-_RUN = re.compile(r"[0-9a-f]{32}")
+MOST = 1 << 30
+"""Bytes of results that come home: gRPC hands over 2 GiB at once, and base64 makes a third more of them."""
 _HOME = "sfl-runs"
+_TAKEN = ("names", "resume", "workers", "gpus", "devices", "num_clients", "threads", "job", "reader")
 _IDLE = 900.0  # seconds after which a process of sites that nobody asks anything ends; it begins anew when it is asked
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an app is unpacked.
+
+    Attributes:
+        name: Of the server or the site.
+        run: Flower's number of the run.
+        here: Settings that this machine makes.
+    """
+
+    name: str
+    run: int
+    here: Mapping[str, Any]
 
 
 def carried_by_server(module: str, run: int) -> Launch:
@@ -32,9 +54,9 @@ def carried_by_server(module: str, run: int) -> Launch:
         module: File of the app's module.
         run: Flower's number of the run.
     """
-    launch, home = _unpacked(module, f"server-{run}")
-    launch.add_settings(out=str(home / RESULT), logs=str(home / "logs"), server=str(home))
-    return launch
+    home, order = _home(module)
+    here = {"out": str(home / RESULT), "server": str(home), "most": MOST}
+    return _unpacked(module, home, order, Place("server", run, here))
 
 
 def carried_by_site(module: str, run: int, site: str) -> Launch:
@@ -45,10 +67,10 @@ def carried_by_site(module: str, run: int, site: str) -> Launch:
         run: Flower's number of the run.
         site: The site's name.
     """
-    launch, home = _unpacked(module, f"{_plain(site)}-{run}")
-    if "idle" not in launch.read_settings():
-        launch.add_settings(sites=str(home / "sites"), logs=str(home / "logs"), names=[site], idle=_IDLE)
-    app = str(Path(module).parents[1])
+    home, order = _home(module)
+    app = str(Path(module).absolute().parents[1])
+    here = {"sites": str(home / "sites"), "names": [site], "idle": _IDLE, "code": app}
+    launch = _unpacked(module, home, order, Place(f"site-{_plain(site)}", run, here))
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if app not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([app, *filter(None, known)])
@@ -69,22 +91,36 @@ def remembered_sites(launch: Launch, sites: list[str]) -> None:
         raise EngineError(f"a run must go on with the sites {', '.join(begun)}, got {', '.join(sites)}.")
 
 
-def _unpacked(module: str, name: str) -> tuple[Launch, Path]:
-    packed = carried_in(Path(module).parent)
-    run = str(Launch(packed).read_settings()["run"])
-    if not _RUN.fullmatch(run):
-        raise EngineError(f"a run id must be 32 hexadecimal digits, got {run!r}.")
-    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")).absolute() / _HOME / run
-    (home / "logs").mkdir(parents=True, exist_ok=True)
-    launch = Launch(home / f"launch-{name}")
-    if not launch.folder.exists():
-        partial = Path(tempfile.mkdtemp(dir=home))
-        shutil.copytree(packed, partial, dirs_exist_ok=True)
-        partial.chmod(0o700)  # for this user alone: a door's secret will lie in it
-        recipe = json.loads((partial / "recipe.json").read_text(encoding="utf-8"))["safetensors"]
-        Launch(partial).recipe.write_bytes(base64.b64decode(recipe, validate=True))
-        partial.rename(launch.folder)
-    return launch, home
+def _home(module: str) -> tuple[Path, Order]:
+    """Where the run of an app is kept, and the order that the app brings."""
+    order = read_order(carried_in(Path(module).parent))
+    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")).absolute() / _HOME / order.run
+    home.parent.mkdir(parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, exist_ok=True)
+    return home, order
+
+
+def _unpacked(module: str, home: Path, order: Order, place: Place) -> Launch:
+    packed, launch = Launch(carried_in(Path(module).parent)), Launch(home / f"launch-{place.name}-{place.run}")
+    (home / "logs").mkdir(exist_ok=True)
+    if launch.folder.exists():
+        return launch
+    order.take(home / f"order-{place.name}.json", place.run)
+    partial = Launch(Path(tempfile.mkdtemp(dir=home)))  # for this user alone: a door's secret will lie in it
+    given = packed.read_settings()
+    taken = {name: given[name] for name in _TAKEN if name in given}
+    rest = {"out": "", "sites": "", "logs": str(home / "logs"), "run": order.run}
+    write_text(partial.settings, json.dumps({**taken, **rest, **place.here}, indent=1) + "\n")
+    shutil.copy(packed.program, partial.program)
+    recipe = json.loads((packed.folder / "recipe.json").read_text(encoding="utf-8"))["safetensors"]
+    partial.recipe.write_bytes(base64.b64decode(recipe, validate=True))
+    try:
+        partial.folder.rename(launch.folder)
+    except OSError:  # another message of this run was faster
+        if not launch.folder.exists():
+            raise
+        shutil.rmtree(partial.folder)
+    return launch
 
 
 def _plain(site: str) -> str:

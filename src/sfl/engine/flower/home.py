@@ -7,7 +7,9 @@ for the submitter, so that neither the SuperLink's console nor another account s
 from __future__ import annotations
 
 import base64
+import inspect
 import io
+import json
 import sys
 import tarfile
 import threading
@@ -15,15 +17,20 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
+from types import FunctionType
+from typing import cast
 
-from sfl.engine.flower.carried import RESULT
-from sfl.engine.flower.sealed import seal
+from sfl.engine.flower.carried import MOST, RESULT
+from sfl.engine.flower.sealed import Seal
 from sfl.engine.launch import Launch
 
 EVENT, PART = "sfl-event", "sfl-part"
-_MOST = 64 << 20  # bytes of results that a log is asked to carry
-_LINE = 48 << 10  # bytes in a line, before base64
-_BATCH, _PAUSE = 64, 0.25  # lines between two pauses, so that Flower uploads them in pieces, and how long one is
+PIECE = 48 << 10  # bytes in a part, before it is sealed
+LEFT = "left-out.json"
+_BATCH, _PAUSE = 128, 0.05  # parts between two waits for Flower to upload them, and between two looks for that
+_BLIND = 0.25  # the wait where nobody says what is uploaded
+_STUCK = 60.0  # seconds without an upload after which none is waited for
 _LOOK = 0.1
 
 
@@ -58,31 +65,73 @@ def _tell(events: Path, over: threading.Event) -> None:
 
 
 def bring_home(launch: Launch) -> None:
-    """Write what the run made to standard output, sealed: the outcome, the last state, the run's folder."""
-    sealed = seal(_packed(launch), bytes.fromhex(launch.read_settings()["reader"]))
-    pieces = [sealed[start : start + _LINE] for start in range(0, len(sealed), _LINE)]
-    for number, piece in enumerate(pieces):
-        _write(PART, f"{number}/{len(pieces)}", base64.b64encode(piece).decode())
-        if number % _BATCH == _BATCH - 1:
+    """Write what the run made to the log, in sealed parts: the outcome, the last state, the run's folder."""
+    packed = launch.folder / "home.tar"
+    _pack(launch, packed)
+    try:
+        count = -(-packed.stat().st_size // PIECE)
+        seal, log = Seal(bytes.fromhex(launch.read_settings()["reader"]), count), _Log()
+        with packed.open("rb") as file:
+            for number in range(count):
+                log.write(PART, f"{number}/{count}", base64.b64encode(seal.close(file.read(PIECE))).decode())
+                if number % _BATCH == _BATCH - 1:
+                    log.wait()
+        log.wait()
+    finally:
+        packed.unlink()
+
+
+class _Log:
+    """The ServerApp's log: what is written to standard output, or past it, where Flower takes it up for the upload.
+
+    Flower uploads from a queue, ends three seconds after the app whatever is left in it, and writes all on the
+    SuperLink's console, too: parts are put into the queue itself, as fast as they go.
+    """
+
+    def __init__(self) -> None:
+        try:
+            found = inspect.getclosurevars(cast("FunctionType", sys.stdout.write)).nonlocals.get("log_queue")
+        except TypeError:
+            found = None
+        self._queue = cast("Queue[str | None] | None", found) if isinstance(found, Queue) else None
+
+    def write(self, kind: str, number: str, text: str) -> None:
+        """Write one line."""
+        if self._queue is None:
+            _write(kind, number, text)
+        else:
+            self._queue.put(_line(kind, number, text))
+
+    def wait(self) -> None:
+        """Wait until what was written is on its way."""
+        if self._queue is None:
+            time.sleep(_BLIND)
+            return
+        deadline = time.monotonic() + _STUCK
+        while not self._queue.empty() and time.monotonic() < deadline:
             time.sleep(_PAUSE)
 
 
-def _packed(launch: Launch) -> bytes:
-    file = io.BytesIO()
-    size = 0
-    with tarfile.open(fileobj=file, mode="w") as tar:
+def _pack(launch: Launch, packed: Path) -> None:
+    """Pack what comes home, and the names of what is too much."""
+    size, left = 0, list[str]()
+    with tarfile.open(packed, mode="w") as tar:
         for path, name in _files(launch):
-            size += path.stat().st_size
-            if size <= _MOST:
+            more = path.stat().st_size
+            if size + more <= MOST:
                 tar.add(path, name)
+                size += more
             else:
-                size -= path.stat().st_size
-    return file.getvalue()
+                left.append(name)
+        text = json.dumps(left).encode()
+        about = tarfile.TarInfo(LEFT)
+        about.size = len(text)
+        tar.addfile(about, io.BytesIO(text))
 
 
 def _files(launch: Launch) -> Iterator[tuple[Path, str]]:
     """What comes home, what matters most first."""
-    for path in (launch.outcome, launch.final):
+    for path in (launch.outcome, launch.final, launch.events):
         if path.exists():
             yield path, path.name
     made = Path(launch.read_settings()["out"])
@@ -94,4 +143,8 @@ def _files(launch: Launch) -> Iterator[tuple[Path, str]]:
 
 def _write(kind: str, number: str, text: str) -> None:
     """One line in one write: other threads write, too, and may be in the middle of a line of theirs."""
-    sys.stdout.write(f"\n{kind} {number} {text}\n")
+    sys.stdout.write(_line(kind, number, text))
+
+
+def _line(kind: str, number: str, text: str) -> str:
+    return f"\n{kind} {number} {text}\n"

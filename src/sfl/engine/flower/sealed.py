@@ -1,4 +1,9 @@
-"""Bytes that one reader alone can open: X25519 with a key of one use, HKDF, ChaCha20-Poly1305."""
+"""Parts that one reader alone can open: X25519 with a key of one use, HKDF, ChaCha20-Poly1305.
+
+A part knows its number and how many there are, so none can be left out, doubled or put elsewhere without being noticed
+(the STREAM construction of Hoang, Reyhanitabar, Rogaway and Vizár, CRYPTO 2015, with the count in the place of its mark
+of the last part).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,6 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sfl.errors import EngineError
 
 _KEY = 32
-_NONCE = bytes(12)  # each key seals once
 
 
 class Reader:
@@ -19,28 +23,51 @@ class Reader:
 
     def __init__(self) -> None:
         self._key = X25519PrivateKey.generate()
+        self._ciphers: dict[bytes, ChaCha20Poly1305] = {}
         self.public = self._key.public_key().public_bytes_raw()
 
-    def open(self, sealed: bytes) -> bytes:
-        """What was sealed.
+    def open(self, part: bytes, number: int, count: int) -> bytes:
+        """What was sealed as this part of so many.
 
         Raises:
-            EngineError: If it was sealed for somebody else, or is not whole.
+            EngineError: If it was sealed for somebody else, is another part, or is not whole.
         """
-        given, rest = sealed[:_KEY], sealed[_KEY:]
+        given, rest = part[:_KEY], part[_KEY:]
         try:
-            shared = self._key.exchange(X25519PublicKey.from_public_bytes(given))
-            return _cipher(shared, given, self.public).decrypt(_NONCE, rest, None)
+            if given not in self._ciphers:
+                shared = self._key.exchange(X25519PublicKey.from_public_bytes(given))
+                self._ciphers[given] = _cipher(shared, given, self.public)
+            return self._ciphers[given].decrypt(_nonce(number), rest, _place(number, count))
         except (InvalidTag, ValueError) as error:
-            raise EngineError(f"a sealed result must open, got {len(sealed)} bytes that do not.") from error
+            raise EngineError(f"a sealed part must open, got {len(part)} bytes that do not.") from error
 
 
-def seal(data: bytes, reader: bytes) -> bytes:
-    """The bytes, for the reader with this public key alone."""
-    once = X25519PrivateKey.generate()
-    given = once.public_key().public_bytes_raw()
-    shared = once.exchange(X25519PublicKey.from_public_bytes(reader))
-    return given + _cipher(shared, given, reader).encrypt(_NONCE, data, None)
+class Seal:
+    """Seals the parts of one result, each number once.
+
+    Args:
+        reader: Public key of the only one who can open them.
+        count: How many there are.
+    """
+
+    def __init__(self, reader: bytes, count: int) -> None:
+        once = X25519PrivateKey.generate()
+        self._given, self._count = once.public_key().public_bytes_raw(), count
+        self._cipher = _cipher(once.exchange(X25519PublicKey.from_public_bytes(reader)), self._given, reader)
+        self._next = 0
+
+    def close(self, data: bytes) -> bytes:
+        """The next part."""
+        number, self._next = self._next, self._next + 1
+        return self._given + self._cipher.encrypt(_nonce(number), data, _place(number, self._count))
+
+
+def _nonce(number: int) -> bytes:
+    return number.to_bytes(12, "big")
+
+
+def _place(number: int, count: int) -> bytes:
+    return f"{number}/{count}".encode()
 
 
 def _cipher(shared: bytes, given: bytes, reader: bytes) -> ChaCha20Poly1305:

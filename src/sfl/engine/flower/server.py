@@ -21,7 +21,7 @@ from sfl.engine.wire import pack_task, read_answer
 from sfl.errors import EngineError
 
 _log = logging.getLogger(__name__)
-_HELLO_SECONDS = 10.0
+_HELLO_SECONDS, _PATIENT = 10.0, 60.0  # that a node gets to say who it is; Flower's own looks for messages every 3 s
 _POLL = (0.005, 0.05)  # seconds between two looks for replies: at first, and at most
 _TYPES = {FIT: MessageType.TRAIN, EVALUATE: MessageType.EVALUATE}
 MessageId: TypeAlias = str
@@ -186,7 +186,7 @@ class FlowerEngine(Engine):
         new = nodes - self._nodes.keys()
         if not new:
             return
-        for node, message in self._ask({"hello": 1}, sorted(new), _HELLO_SECONDS):
+        for node, message in self._ask({"hello": 1}, sorted(new), _PATIENT if self._dismiss else _HELLO_SECONDS):
             if message.has_error():  # it is asked again with the next look
                 self._refusals[node] = message.error.reason or f"error {message.error.code}"
             else:
@@ -209,7 +209,8 @@ class FlowerEngine(Engine):
         """Let nodes that live on forget the run."""
         if self._dismiss:
             self._dismiss = False
-            for node, message in self._ask({"bye": 1}, [n for n, site in self._nodes.items() if site], _HELLO_SECONDS):
+            known = [node for node, site in self._nodes.items() if site]
+            for node, message in self._ask({"bye": 1}, known, _PATIENT):
                 if message.has_error():
                     _log.warning("%s keeps the run's process: %s", self._nodes[node], message.error.reason)
 

@@ -158,6 +158,17 @@ def job_of(session: Session, job: str) -> JobLine:
     return _line(_meta(session, job))
 
 
+def is_under_way(session: Session, job: str) -> bool:
+    """Whether a job waits or runs; one that the server lost when it was restarted does not.
+
+    Raises:
+        EngineError: If there is no such job.
+    """
+    line = job_of(session, job)
+    running = {str(info.job_id) for info in session.get_system_info().job_info}
+    return not line.has_ended and (line.status != "RUNNING" or job in running)
+
+
 def wait_for(session: Session, job: str) -> JobLine:
     """Stay until a job has ended.
 
