@@ -78,6 +78,7 @@ def esm2_recipe(config: ESM2RunConfig, model: ModelSource, *, device: str = "cpu
         released=protections.released,
         mechanisms=protections.mechanisms,
         budget=protections.budget,
+        example_budget=protections.example_budget,
         central=server.central,
         derive=with_perplexity,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sfl.errors import ConfigError
+from sfl.privacy.example_config import ExampleConfig
 from sfl.privacy.filters.config import FilterConfig
 
 __all__ = ["DpMechanism", "DpMode", "PrivacyConfig"]
@@ -16,8 +17,8 @@ DpMechanism = Literal["gaussian", "banded-mf"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(FilterConfig):
-    """Protections of a run. Filters are those of ``FilterConfig``.
+class PrivacyConfig(FilterConfig, ExampleConfig):
+    """Protections of a run. Filters are those of ``FilterConfig``, examples' privacy that of ``ExampleConfig``.
 
     Attributes:
         dp: Site-level differential privacy: clip each site's update, add Gaussian noise.
@@ -59,7 +60,8 @@ class PrivacyConfig(FilterConfig):
     dataset_id: str = ""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FilterConfig.__post_init__(self)
+        ExampleConfig.__post_init__(self)
         rules = (
             ("dp_noise", self.dp_noise, 0.0 <= self.dp_noise < math.inf, "finite and 0 or more"),
             ("dp_clip", self.dp_clip, 0.0 < self.dp_clip < math.inf, "positive and finite"),

@@ -32,6 +32,7 @@ class Protections:
     Attributes:
         mechanisms: In the order of the sites.
         budget: For the ledger; ``None`` without a mechanism.
+        example_budget: What each example of a site may lose, if sites train by DP-SGD.
         transforms: Filters that an update passes before them.
         released: Filters that it passes after them.
     """
@@ -40,6 +41,7 @@ class Protections:
     budget: PrivacyBudget | None = None
     transforms: tuple[Transform, ...] = ()
     released: tuple[Transform, ...] = ()
+    example_budget: PrivacyBudget | None = None
 
 
 def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Protections:
@@ -52,12 +54,25 @@ def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Pr
     config = calibrated(config, federation)
     mechanisms = all_mechanisms(config, federation)
     if not mechanisms:
-        return Protections(transforms=transforms, released=released)
+        return Protections(transforms=transforms, released=released, example_budget=example_budget(config))
     limit = math.inf if config.dp_max_epsilon is None else config.dp_max_epsilon
     budget = PrivacyBudget(
         delta=config.dp_delta, max_epsilon=limit, accountant=config.dp_accountant, dataset=config.dataset_id
     )
-    return Protections(mechanisms, budget, transforms, released)
+    return Protections(mechanisms, budget, transforms, released, example_budget(config))
+
+
+def example_budget(config: PrivacyConfig) -> PrivacyBudget | None:
+    """What each example of a site may lose; ``None`` without DP-SGD."""
+    if not config.dpsgd:
+        return None
+    limits = [limit for limit in (config.dpsgd_target_epsilon, config.dpsgd_max_epsilon) if limit is not None]
+    return PrivacyBudget(
+        delta=config.dpsgd_delta,
+        max_epsilon=min(limits, default=math.inf),
+        accountant=config.dp_accountant,
+        dataset=config.dataset_id,
+    )
 
 
 def all_mechanisms(config: PrivacyConfig, federation: FederationConfig) -> tuple[Mechanism, ...]:
