@@ -1,0 +1,224 @@
+"""Gradients of single examples, from one forward pass of a whole batch: hooks see every use of every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from sfl.errors import ModelError
+from sfl.train.factors import Use, add_sum, compact, scaled, squared_norms, without
+from sfl.train.rules import Rule, refuse_mixing, rules_of
+
+__all__ = ["Recorder", "recording", "trained_parameters"]
+
+Rules: TypeAlias = list[tuple[str, Rule]]
+_NEVER_USED = "transformers.models.esm.modeling_esm.EsmContactPredictionHead"
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, tied ones once; without those of ESM's ``contact_head``, which no loss reaches.
+
+    All of them are noised, used or not: which are used may depend on the data.
+
+    Raises:
+        ModelError: If there are none.
+    """
+    unused = {
+        id(parameter)
+        for layer in module.modules()
+        if f"{type(layer).__module__}.{type(layer).__qualname__}" == _NEVER_USED
+        for parameter in layer.parameters()
+    }
+    found = {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in unused}
+    if not found:
+        raise ModelError("a model must have trainable parameters, got none. Unfreeze some.")
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One pass through a layer: its input, kept until the gradient of its output is there."""
+
+    layer: nn.Module
+    path: str
+    rules: Rules
+    x: Tensor | None
+    version: int
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[Recorder]:
+    """Hooks on every layer whose parameters are trained; autograd itself computes no gradient of a parameter meanwhile.
+
+    Raises:
+        ModelError: If a layer has no rule, or mixes examples.
+    """
+    parameters = trained_parameters(module)
+    recorder = Recorder(parameters)
+    handles = recorder.attach(module)
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+
+
+class Recorder:
+    """Norms and weighted sums of the examples' gradients; made by ``recording``.
+
+    First ``forward``, then ``norms``, then ``weighted_sum``.
+
+    Args:
+        parameters: The trained parameters by name.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._losses = torch.empty(0)
+        self._reset(0)
+
+    def _reset(self, size: int) -> None:
+        self._size, self._open = size, False
+        self._roots: list[Tensor] = []
+        self._expected: dict[str, int] = {}
+        self._uses: dict[str, list[Use]] = {}
+        self._arrived: Callable[[str, Use], None] = lambda name, use: None
+        self._last = self._kept = False
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        """Put the hooks on; what they return takes them off."""
+        handles: list[Any] = []
+        for path, layer in module.named_modules():
+            refuse_mixing(layer, path)
+            own = {
+                name: self._names[id(parameter)]
+                for name, parameter in layer.named_parameters(recurse=False, remove_duplicate=False)
+                if id(parameter) in self._names
+            }
+            if not own:
+                continue
+            known = rules_of(layer, path)
+            lacking = sorted(own.keys() - known.keys())
+            if lacking:
+                raise ModelError(f"parameters must have a rule, got none for {lacking} of {path!r}. Freeze them.")
+            rules = [(own[name], known[name]) for name in own]
+            if isinstance(layer, nn.Embedding):
+                handles.append(layer.register_forward_pre_hook(self._spread))
+            hook = self._hook(path, rules)
+            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        return handles
+
+    def _spread(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002 - torch's
+        """Ids that all examples share, such as positions, become each example's own."""
+        if args and args[0].ndim >= 2 and args[0].shape[0] == 1 < self._size:
+            return (args[0].expand(self._size, *args[0].shape[1:]), *args[1:])
+        return None
+
+    def _hook(self, path: str, rules: Rules) -> Callable[..., Tensor]:
+        def passed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            if not self._open:
+                raise ModelError(f"layers must run once a step, got {path!r} again. Turn gradient checkpointing off.")
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not output.requires_grad:
+                root = output.detach().requires_grad_(True)
+                self._roots.append(root)
+                output = root.clone()
+            for name, _ in rules:
+                self._expected[name] = self._expected.get(name, 0) + 1
+            call = _Call(layer, path, rules, x.detach(), x._version)
+            output.register_hook(lambda gradient: self._receive(call, gradient))
+            return output
+
+        return passed
+
+    def _receive(self, call: _Call, gradient: Tensor) -> None:
+        x = call.x
+        if x is None:
+            return
+        if x._version != call.version:
+            raise ModelError(f"the input of {call.path!r} must stay as it is, got one changed in place. Copy it first.")
+        if len(x) != self._size or len(gradient) != self._size:
+            raise ModelError(
+                f"the input of {call.path!r} must have the {self._size} examples as its first dimension, got shape "
+                f"{tuple(x.shape)}. Keep examples apart in the model's loss."
+            )
+        if self._last:
+            call.x = None
+        for name, rule in call.rules:
+            self._arrived(name, rule(call.layer, x, gradient))
+
+    def forward(self, losses: Callable[[], Tensor], size: int) -> Tensor:
+        """Run the model once.
+
+        Args:
+            losses: The forward pass; gives each example's loss, shape (examples,).
+            size: How many examples.
+
+        Raises:
+            ModelError: If the losses have another shape, or depend on no trained parameter.
+        """
+        self._reset(size)
+        self._open = True
+        result = losses()
+        self._open = False
+        if result.shape != (size,):
+            raise ModelError(f"losses must have shape ({size},), one for each example, got {tuple(result.shape)}.")
+        if not result.requires_grad:
+            raise ModelError("losses must depend on a trained parameter, got none that do. Unfreeze some.")
+        self._losses = result
+        return result
+
+    def norms(self, *, keep: bool) -> Tensor:
+        """The L2 norm of each example's gradient over all parameters, shape (examples,).
+
+        Args:
+            keep: Keep the factors for ``weighted_sum``; otherwise it goes through the model backward again, and no
+                more than one parameter's are held at a time.
+        """
+        total = torch.zeros(self._size, dtype=self._losses.dtype, device=self._losses.device)
+
+        def settle(name: str) -> None:
+            nonlocal total
+            total = total + squared_norms(self._uses[name])
+            if not keep:
+                del self._uses[name]
+
+        def arrived(name: str, use: Use) -> None:
+            uses = self._uses.setdefault(name, [])
+            uses.append(compact(use))
+            if len(uses) == self._expected[name]:
+                settle(name)
+                settled.add(name)
+
+        settled: set[str] = set()
+        self._arrived, self._last, self._kept = arrived, keep, keep
+        self._backward(torch.ones_like(self._losses), again=not keep)
+        for name in [name for name in self._uses if name not in settled]:
+            settle(name)  # one of its uses reaches no loss
+        return total.sqrt()
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """Σ_i w_i g_i by parameter; an example of weight 0 adds nothing, whatever its gradient holds."""
+        out = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        absent = weights == 0.0
+        clean: Callable[[Use], Use] = (lambda use: without(use, absent)) if absent.any() else (lambda use: use)
+        if not self._kept:
+            self._arrived, self._last = lambda name, use: add_sum(clean(use), out[name]), True
+            self._backward(weights, again=False)
+        for name in list(self._uses):
+            for use in self._uses.pop(name):
+                add_sum(scaled(clean(use), weights), out[name])
+        return out
+
+    def _backward(self, weights: Tensor, *, again: bool) -> None:
+        torch.autograd.grad(self._losses, self._roots, weights, retain_graph=again, allow_unused=True)
