@@ -38,7 +38,8 @@ def dpsgd_event(noise_multiplier: float, sampling_rate: float, steps: int) -> Dp
     Raises:
         ConfigError: If one of them is out of its range.
 
-    Edge cases: a noise multiplier of 0 gives an event without any guarantee (ε = ∞); a rate of 1 claims no amplification.
+    Edge cases: a noise multiplier of 0 gives an event without any guarantee (ε = ∞); a rate of 1 claims no
+    amplification.
 
     Example:
         >>> from sfl.privacy.accountant import PrivacyAccountant

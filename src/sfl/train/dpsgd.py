@@ -54,8 +54,8 @@ class PrivateTrainer(Generic[Batch]):
         clip_norm: C.
         noise_multiplier: z; 0 adds no noise, and has no guarantee.
         expected_batch_size: L, examples in a Poisson sample on average.
-        clipping: ``"hooks"`` keeps each layer's factors from one backward pass; ``"ghost"`` goes backward twice, and keeps
-            no more than one layer's.
+        clipping: ``"hooks"`` keeps each layer's factors from one backward pass; ``"ghost"`` goes backward twice and keeps
+            those of one layer at a time.
         autoclip: AUTO-S in place of clipping to C.
 
     Raises:
@@ -145,27 +145,25 @@ class PrivateTrainer(Generic[Batch]):
             return self._clipped(recorder, module, batch, None)
 
     def _clipped(self, recorder: Recorder, module: nn.Module, batch: Batch, tally: Tally | None) -> dict[str, Tensor]:
-        size = self.size(batch)
+        size, seen = self.size(batch), list[BatchLoss]()
         if size == 0:
             return {}
-        seen: list[BatchLoss] = []
 
         def forward() -> Tensor:
             result = self.losses(module, batch)
             seen.append(result.seen)
             return result.losses
 
+        recorder.check(forward, size)
         recorder.forward(forward, size)
         norms = recorder.norms(keep=self.clipping == "hooks")
         if tally is not None:
-            tally.add(seen[0])
+            tally.add(seen[-1])
         return recorder.weighted_sum(self._weights(norms))
 
     def _weights(self, norms: Tensor) -> Tensor:
-        if self.autoclip:
-            weights = 1.0 / (norms + _STABILISER)
-        else:
-            weights = (self.clip_norm / norms).clamp(max=1.0)  # a norm of zero gives inf, so 1
+        # a norm of zero gives inf below, so a weight of 1
+        weights = 1.0 / (norms + _STABILISER) if self.autoclip else (self.clip_norm / norms).clamp(max=1.0)
         return torch.where(norms.isfinite(), weights, 0.0)
 
     def _step(

@@ -1,7 +1,7 @@
-"""What each example adds to a parameter's gradient, kept as small factors: norms and weighted sums without the gradients.
+"""What each example adds to a parameter's gradient, kept as factors: norms and weighted sums without the gradients.
 
-A linear layer's gradient for example i is Σ_t l_it r_itᵀ over positions t, with l the gradients of its outputs and r its
-inputs. Norms follow from Gram matrices, ‖Σ_t l_t r_tᵀ‖² = Σ_ts (l_t·l_s)(r_t·r_s) (Goodfellow 2015; Li, Tramèr, Liang
+A linear layer's gradient for example i is Σ_t l_it r_itᵀ over positions t, with l the gradients of its outputs and r
+its inputs. Norms follow from Gram matrices, ‖Σ_t l_t r_tᵀ‖² = Σ_ts (l_t·l_s)(r_t·r_s) (Goodfellow 2015; Li, Tramèr, Liang
 and Hashimoto, ICLR 2022, §4), and so do the cross terms of a parameter that is used more than once.
 """
 
@@ -15,12 +15,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Outer", "Rows", "Use", "add_sum", "compact", "scaled", "squared_norms", "without"]
+__all__ = ["Dense", "Outer", "Rows", "Use", "add_sum", "compact", "squared_norms", "without"]
 
 _BLOCK = 1 << 23  # entries of a Gram matrix that are held at once
 _CANCELLED = 2.0**-12
-"""Below this share of what the positions could add up to, a Gram sum in float32 has lost too many digits to cancellation
-(its relative error grows as the share's inverse), and the gradient itself is summed."""
+"""Below this share of what the positions could add up to, a Gram sum in float32 has lost too many digits to
+cancellation (its relative error grows as the share's inverse), and the gradient itself is summed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,27 +78,19 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
     return total
 
 
-def add_sum(use: Use, out: Tensor) -> None:
-    """Add Σ_i g_i to ``out``, which has the parameter's shape."""
-    if isinstance(use, Outer):
-        out.addmm_(use.left.flatten(0, 1).T, use.right.flatten(0, 1))
-    elif isinstance(use, Rows):
-        out.index_add_(0, use.ids.flatten(), use.right.flatten(0, 1))
-    else:
-        out += use.values.sum(0)
-
-
-def scaled(use: Use, weights: Tensor) -> Use:
-    """Each example's gradient times its weight; ``weights`` of shape (examples,)."""
+def add_sum(use: Use, out: Tensor, weights: Tensor | None) -> None:
+    """Add Σ_i w_i g_i to ``out``, which has the parameter's shape; ``weights`` of shape (examples,), all 1 if ``None``."""
     if isinstance(use, Dense):
         flat = use.values.flatten(1)
-        return Dense((weights.to(flat.dtype) @ flat).view(1, *use.values.shape[1:]))
-    by = weights[:, None, None]
+        out += (flat.sum(0) if weights is None else weights @ flat).view(out.shape)
+        return
+    left, right = use.ids if isinstance(use, Rows) else use.left, use.right
+    if weights is not None:
+        right = right * weights[:, None, None]
     if isinstance(use, Rows):
-        return Rows(use.ids, use.right * by, use.count)
-    if use.left.shape[2] < use.right.shape[2]:
-        return Outer(use.left * by, use.right)
-    return Outer(use.left, use.right * by)
+        out.index_add_(0, left.flatten(), right.flatten(0, 1))
+    else:
+        out.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
 
 
 def without(use: Use, bad: Tensor) -> Use:
@@ -134,7 +126,7 @@ def _gram(use: Outer) -> tuple[Tensor, Tensor]:
 
 def _summed_rows(use: Rows) -> Tensor:
     """Of each example, rows of equal id first become one."""
-    examples, positions, width = use.right.shape
+    examples, _, width = use.right.shape
     owner = torch.arange(examples, device=use.ids.device)
     keys, place = torch.unique(use.ids + owner[:, None] * use.count, return_inverse=True)
     rows = use.right.new_zeros(len(keys), width).index_add_(0, place.flatten(), use.right.reshape(-1, width))

@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sfl.errors import ModelError
-from sfl.train.factors import Use, add_sum, compact, scaled, squared_norms, without
+from sfl.train.factors import Use, add_sum, compact, squared_norms, without
 from sfl.train.rules import Rule, refuse_mixing, rules_of
 
 __all__ = ["Recorder", "recording", "trained_parameters"]
 
 Rules: TypeAlias = list[tuple[str, Rule]]
+_checked: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_TOLERANCE = 1e-2  # of a gradient's norm; what is missed or mixed is missed whole
 _NEVER_USED = "transformers.models.esm.modeling_esm.EsmContactPredictionHead"
 
 
@@ -59,17 +63,14 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
         ModelError: If a layer has no rule, or mixes examples.
     """
     parameters = trained_parameters(module)
-    recorder = Recorder(parameters)
-    handles = recorder.attach(module)
+    recorder = Recorder(module, parameters)
     try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
+        recorder.attach()
+        recorder.freeze(True)
         yield recorder
     finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        recorder.freeze(False)
+        recorder.detach()
 
 
 class Recorder:
@@ -78,27 +79,37 @@ class Recorder:
     First ``forward``, then ``norms``, then ``weighted_sum``.
 
     Args:
-        parameters: The trained parameters by name.
+        module: The model.
+        parameters: Its trained parameters by name.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        self.module, self.parameters = module, parameters
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._handles: list[RemovableHandle] = []
         self._losses = torch.empty(0)
         self._reset(0)
 
     def _reset(self, size: int) -> None:
-        self._size, self._open = size, False
+        self._size, self._open, self._last, self._kept = size, False, False, False
         self._roots: list[Tensor] = []
         self._expected: dict[str, int] = {}
         self._uses: dict[str, list[Use]] = {}
-        self._arrived: Callable[[str, Use], None] = lambda name, use: None
-        self._last = self._kept = False
+        self._arrived: Callable[[str, Use], None] | None = None
 
-    def attach(self, module: nn.Module) -> list[Any]:
-        """Put the hooks on; what they return takes them off."""
-        handles: list[Any] = []
-        for path, layer in module.named_modules():
+    def freeze(self, frozen: bool) -> None:
+        """Whether autograd itself leaves the parameters alone."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(not frozen)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def attach(self) -> None:
+        """Put the hooks on."""
+        for path, layer in self.module.named_modules():
             refuse_mixing(layer, path)
             own = {
                 name: self._names[id(parameter)]
@@ -111,12 +122,10 @@ class Recorder:
             lacking = sorted(own.keys() - known.keys())
             if lacking:
                 raise ModelError(f"parameters must have a rule, got none for {lacking} of {path!r}. Freeze them.")
-            rules = [(own[name], known[name]) for name in own]
             if isinstance(layer, nn.Embedding):
-                handles.append(layer.register_forward_pre_hook(self._spread))
-            hook = self._hook(path, rules)
-            handles.append(layer.register_forward_hook(hook, with_kwargs=True))
-        return handles
+                self._handles.append(layer.register_forward_pre_hook(self._spread))
+            hook = self._hook(path, [(own[name], known[name]) for name in own])
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
 
     def _spread(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002 - torch's
         """Ids that all examples share, such as positions, become each example's own."""
@@ -127,7 +136,7 @@ class Recorder:
     def _hook(self, path: str, rules: Rules) -> Callable[..., Tensor]:
         def passed(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not self._open:
-                raise ModelError(f"layers must run once a step, got {path!r} again. Turn gradient checkpointing off.")
+                raise ModelError(f"layers must run forward only, got {path!r} again. Turn gradient checkpointing off.")
             x = args[0] if args else next(iter(kwargs.values()))
             if not output.requires_grad:
                 root = output.detach().requires_grad_(True)
@@ -142,20 +151,20 @@ class Recorder:
         return passed
 
     def _receive(self, call: _Call, gradient: Tensor) -> None:
-        x = call.x
-        if x is None:
+        x, arrived = call.x, self._arrived
+        if x is None or arrived is None:
             return
         if x._version != call.version:
             raise ModelError(f"the input of {call.path!r} must stay as it is, got one changed in place. Copy it first.")
         if len(x) != self._size or len(gradient) != self._size:
             raise ModelError(
                 f"the input of {call.path!r} must have the {self._size} examples as its first dimension, got shape "
-                f"{tuple(x.shape)}. Keep examples apart in the model's loss."
+                f"{tuple(x.shape)}. Keep the examples apart."
             )
         if self._last:
             call.x = None
         for name, rule in call.rules:
-            self._arrived(name, rule(call.layer, x, gradient))
+            arrived(name, rule(call.layer, x, gradient))
 
     def forward(self, losses: Callable[[], Tensor], size: int) -> Tensor:
         """Run the model once.
@@ -185,40 +194,80 @@ class Recorder:
             keep: Keep the factors for ``weighted_sum``; otherwise it goes through the model backward again, and no
                 more than one parameter's are held at a time.
         """
-        total = torch.zeros(self._size, dtype=self._losses.dtype, device=self._losses.device)
-
-        def settle(name: str) -> None:
-            nonlocal total
-            total = total + squared_norms(self._uses[name])
-            if not keep:
-                del self._uses[name]
+        squares: list[Tensor] = [torch.zeros_like(self._losses.detach())]
+        open_: dict[str, list[Use]] = {}
 
         def arrived(name: str, use: Use) -> None:
-            uses = self._uses.setdefault(name, [])
+            uses = open_.setdefault(name, [])
             uses.append(compact(use))
+            if keep:
+                self._uses[name] = uses
             if len(uses) == self._expected[name]:
-                settle(name)
-                settled.add(name)
+                squares.append(squared_norms(open_.pop(name)))
 
-        settled: set[str] = set()
         self._arrived, self._last, self._kept = arrived, keep, keep
         self._backward(torch.ones_like(self._losses), again=not keep)
-        for name in [name for name in self._uses if name not in settled]:
-            settle(name)  # one of its uses reaches no loss
-        return total.sqrt()
+        squares += [squared_norms(uses) for uses in open_.values()]  # another use of theirs reaches no loss
+        return torch.stack(squares).sum(0).sqrt()
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """Σ_i w_i g_i by parameter; an example of weight 0 adds nothing, whatever its gradient holds."""
-        out = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
+        out = self._zeros()
         absent = weights == 0.0
         clean: Callable[[Use], Use] = (lambda use: without(use, absent)) if absent.any() else (lambda use: use)
         if not self._kept:
-            self._arrived, self._last = lambda name, use: add_sum(clean(use), out[name]), True
+            self._arrived, self._last = lambda name, use: add_sum(clean(use), out[name], None), True
             self._backward(weights, again=False)
-        for name in list(self._uses):
-            for use in self._uses.pop(name):
-                add_sum(scaled(clean(use), weights), out[name])
+        while self._uses:
+            name, uses = self._uses.popitem()
+            for use in uses:
+                add_sum(clean(use), out[name], weights)
         return out
+
+    def check(self, losses: Callable[[], Tensor], size: int) -> None:
+        """Once for a model: one example's loss must reach its own rows alone, and every parameter through its layers.
+
+        Args:
+            losses: As for ``forward``; torch's random state is left as it was.
+            size: How many examples; nothing is checked below two.
+
+        Raises:
+            ModelError: If examples are mixed, or a parameter is used past its layer.
+        """
+        names = frozenset(self.parameters)
+        if size < 2 or _checked.get(self.module) == names:
+            return
+        self.freeze(False)
+        try:
+            with torch.random.fork_rng():
+                result = self.forward(losses, size)
+            self._compare(result)
+        finally:
+            self.freeze(True)
+            self._reset(0)
+        _checked[self.module] = names
+
+    def _compare(self, result: Tensor) -> None:
+        index, out = int(result.argmax()), self._zeros()
+
+        def arrived(name: str, use: Use) -> None:
+            others = squared_norms([compact(use)])
+            others[index] = 0.0
+            if (others > 0.0).any():
+                raise ModelError(
+                    f"examples must be apart, got the loss of one that depends on another by {name!r}. Normalise and "
+                    "average within examples, and give each its own row in every layer."
+                )
+            add_sum(use, out[name], None)
+
+        self._arrived, self._last = arrived, True
+        gradients = torch.autograd.grad(result[index], list(self.parameters.values()), allow_unused=True)
+        for (name, seen), gradient in zip(out.items(), gradients, strict=True):
+            if gradient is not None and (seen - gradient).norm() > _TOLERANCE * gradient.norm():
+                raise ModelError(f"{name!r} must be used through its own layer, got a use past it. Freeze it.")
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(parameter.data) for name, parameter in self.parameters.items()}
 
     def _backward(self, weights: Tensor, *, again: bool) -> None:
         torch.autograd.grad(self._losses, self._roots, weights, retain_graph=again, allow_unused=True)

@@ -61,8 +61,8 @@ def refuse_mixing(layer: nn.Module, path: str) -> None:
         )
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq):
         raise ModelError(
-            f"no layer may mix examples under DP-SGD, got an Embedding with max_norm or scale_grad_by_freq at {path!r}. "
-            "Turn both off."
+            "no layer may mix examples under DP-SGD, got an Embedding with max_norm or scale_grad_by_freq at "
+            f"{path!r}. Turn both off."
         )
 
 

@@ -137,11 +137,13 @@ class Tally:
         self._count = 0
 
     def add(self, result: BatchLoss) -> None:
+        """Count one forward pass."""
         self._loss += result.total.detach()
         self._correct += result.correct
         self._count += result.count
 
     def means(self) -> tuple[float, float]:
+        """Loss and accuracy of all that was predicted; zeros of nothing."""
         count = max(self._count, 1)
         return float(self._loss) / count, int(self._correct) / count
 
