@@ -142,7 +142,7 @@ def mlm_loss(module: nn.Module, batch: MaskedBatch) -> BatchLoss:
 def mlm_losses(module: nn.Module, batch: MaskedBatch) -> ExampleLosses:
     """Each protein's mean cross-entropy over its own selected residues; 0 for a protein without any.
 
-    The head runs on the selected positions alone, padded to the protein that has most of them, so that each keeps a row.
+    The head runs on the selected positions alone, padded to the protein with most of them, so that each keeps a row.
     """
     model = cast("EsmForMaskedLM", module)
     device = model.lm_head.bias.device

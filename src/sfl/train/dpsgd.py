@@ -54,8 +54,8 @@ class PrivateTrainer(Generic[Batch]):
         clip_norm: C.
         noise_multiplier: z; 0 adds no noise, and has no guarantee.
         expected_batch_size: L, examples in a Poisson sample on average.
-        clipping: ``"hooks"`` keeps each layer's factors from one backward pass; ``"ghost"`` goes backward twice and keeps
-            those of one layer at a time.
+        clipping: ``"hooks"`` keeps each layer's factors from one backward pass; ``"ghost"`` goes backward twice and
+            keeps those of one layer at a time.
         autoclip: AUTO-S in place of clipping to C.
 
     Raises:

@@ -1,8 +1,8 @@
 """What each example adds to a parameter's gradient, kept as factors: norms and weighted sums without the gradients.
 
 A linear layer's gradient for example i is Σ_t l_it r_itᵀ over positions t, with l the gradients of its outputs and r
-its inputs. Norms follow from Gram matrices, ‖Σ_t l_t r_tᵀ‖² = Σ_ts (l_t·l_s)(r_t·r_s) (Goodfellow 2015; Li, Tramèr, Liang
-and Hashimoto, ICLR 2022, §4), and so do the cross terms of a parameter that is used more than once.
+its inputs. Norms follow from Gram matrices, ‖Σ_t l_t r_tᵀ‖² = Σ_ts (l_t·l_s)(r_t·r_s) (Goodfellow 2015; Li, Tramèr,
+Liang and Hashimoto, ICLR 2022, §4), and so do the cross terms of a parameter that is used more than once.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def squared_norms(uses: Sequence[Use]) -> Tensor:
 
 
 def add_sum(use: Use, out: Tensor, weights: Tensor | None) -> None:
-    """Add Σ_i w_i g_i to ``out``, which has the parameter's shape; ``weights`` of shape (examples,), all 1 if ``None``."""
+    """Add Σ_i w_i g_i to ``out``, of the parameter's shape; ``weights`` of shape (examples,), all 1 if ``None``."""
     if isinstance(use, Dense):
         flat = use.values.flatten(1)
         out += (flat.sum(0) if weights is None else weights @ flat).view(out.shape)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,7 +57,7 @@ class _Call:
 
 
 @contextmanager
-def recording(module: nn.Module) -> Iterator[Recorder]:
+def recording(module: nn.Module) -> Generator[Recorder]:
     """Hooks on every layer whose parameters are trained; autograd itself computes no gradient of a parameter meanwhile.
 
     Raises:
@@ -145,7 +146,7 @@ class Recorder:
             for name, _ in rules:
                 self._expected[name] = self._expected.get(name, 0) + 1
             call = _Call(layer, path, rules, x.detach(), x._version)
-            output.register_hook(lambda gradient: self._receive(call, gradient))
+            output.register_hook(partial(self._receive, call))
             return output
 
         return passed
@@ -216,7 +217,11 @@ class Recorder:
         absent = weights == 0.0
         clean: Callable[[Use], Use] = (lambda use: without(use, absent)) if absent.any() else (lambda use: use)
         if not self._kept:
-            self._arrived, self._last = lambda name, use: add_sum(clean(use), out[name], None), True
+
+            def arrived(name: str, use: Use) -> None:
+                add_sum(clean(use), out[name], None)
+
+            self._arrived, self._last = arrived, True
             self._backward(weights, again=False)
         while self._uses:
             name, uses = self._uses.popitem()
@@ -261,7 +266,8 @@ class Recorder:
             add_sum(use, out[name], None)
 
         self._arrived, self._last = arrived, True
-        gradients = torch.autograd.grad(result[index], list(self.parameters.values()), allow_unused=True)
+        found = torch.autograd.grad(result[index], list(self.parameters.values()), allow_unused=True)
+        gradients = cast("Sequence[Tensor | None]", found)
         for (name, seen), gradient in zip(out.items(), gradients, strict=True):
             if gradient is not None and (seen - gradient).norm() > _TOLERANCE * gradient.norm():
                 raise ModelError(f"{name!r} must be used through its own layer, got a use past it. Freeze it.")
