@@ -2,9 +2,9 @@
 
     python benchmarks/bench_dpsgd.py [--models esm2-8m,gpt2] [--repeats 3]
 
-Every figure is of fresh processes of one thread, the sides in turn. A step is one batch forward and backward, clipping, noise
-and AdamW; its time is the median CPU time of the steps after the first. Memory is the process's peak over that of the same
-process that stops before its first step.
+Every figure is of fresh processes of one thread, the sides in turn. A step is one batch forward and backward, clipping
+and AdamW; its time is the median CPU time of the steps after the first. Noise stands by itself. Memory is the process's
+peak over that of the same process that stops before its first step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ class Row:
     model: str
     side: str
     step: float
-    quiet: float
     memory: float
     runs: int
 
@@ -99,7 +98,7 @@ def build(shape: Shape) -> tuple[Any, Callable[[Any, Any], Any], Any]:
     return model, losses, ids
 
 
-def plain(model: Any, losses: Any, batches: Iterator[Any], noise: float) -> None:  # noqa: ARG001 - there is none
+def plain(model: Any, losses: Any, batches: Iterator[Any]) -> None:
     from sfl.train.trainer import adamw
 
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], 1e-4, 0.01)
@@ -109,7 +108,7 @@ def plain(model: Any, losses: Any, batches: Iterator[Any], noise: float) -> None
         optimizer.zero_grad(set_to_none=True)
 
 
-def opacus(model: Any, losses: Any, batches: Iterator[Any], noise: float) -> None:
+def opacus(model: Any, losses: Any, batches: Iterator[Any]) -> None:
     import warnings
 
     from opacus import GradSampleModule
@@ -120,36 +119,35 @@ def opacus(model: Any, losses: Any, batches: Iterator[Any], noise: float) -> Non
     warnings.simplefilter("ignore")
     wrapped = GradSampleModule(model, loss_reduction="sum", strict=False)
     inner = adamw([p for p in model.parameters() if p.requires_grad], 1e-4, 0.01)
-    optimizer = DPOptimizer(
-        inner, noise_multiplier=noise, max_grad_norm=1.0, expected_batch_size=1, loss_reduction="sum"
-    )
+    optimizer = DPOptimizer(inner, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1, loss_reduction="sum")
     for batch in batches:
         losses(wrapped._module, batch).losses.sum().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def ours(model: Any, losses: Any, batches: Iterator[Any], noise: float, *, clipping: Any) -> None:
+def ours(model: Any, losses: Any, batches: Iterator[Any], *, clipping: Any) -> None:
     from sfl.train.dpsgd import PrivateTrainer
 
     trainer = PrivateTrainer(
-        losses=losses, size=len, learning_rate=1e-4, noise_multiplier=noise, expected_batch_size=1.0, clipping=clipping
+        losses=losses, size=len, learning_rate=1e-4, noise_multiplier=0.0, expected_batch_size=1.0, clipping=clipping
     )
     trainer.fit(model, ([batch] for batch in batches), 0)
 
 
 SIDES: dict[str, Callable[..., None]] = {
-    "plain": plain, "hooks": partial(ours, clipping="hooks"), "ghost": partial(ours, clipping="ghost"), "opacus": opacus,
-}  # fmt: skip
+    "plain": plain,
+    "hooks": partial(ours, clipping="hooks"),
+    "ghost": partial(ours, clipping="ghost"),
+    "opacus": opacus,
+}
 
 
-def process(model: str, side: str, noise: float, report: Path) -> None:
+def process(model: str, side: str, report: Path) -> None:
     """What a measured process does; a side of ``none`` stops before the first step."""
     import opacus as _opacus  # noqa: F401 - all sides import the same
 
     built, losses, batch = build(SHAPES[model])
-    if side == "none":
-        return
     times: list[float] = []
 
     def batches() -> Iterator[Any]:
@@ -158,46 +156,52 @@ def process(model: str, side: str, noise: float, report: Path) -> None:
             yield batch
             times.append(time.process_time() - started)  # the side has asked for the next: this step is done
 
-    SIDES[side](built, losses, batches(), noise)
-    report.write_text(json.dumps(median(times[1:])))
+    if side == "noise":
+        draw(built, batches())
+    elif side != "none":
+        SIDES[side](built, losses, batches())
+    report.write_text(json.dumps(median(times[1:] or [0.0])))
 
 
-def run(model: str, side: str, noise: float, folder: Path) -> tuple[float, float]:
-    """Seconds a step, and the peak in bytes, of one fresh process."""
+def draw(model: Any, batches: Iterator[Any]) -> None:
+    """The noise of a step and nothing else."""
+    from sfl.privacy.noise import add_noise, secret
+
+    values = {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
+    for _ in batches:
+        add_noise(values, 1.0, secret())
+
+
+def run(model: str, side: str, folder: Path, *, tight: bool) -> tuple[float, float]:
+    """Seconds a step, and the peak in bytes, of one fresh process; ``tight`` gives freed arrays back at once."""
     report = folder / "report.json"
-    peak = measure([sys.executable, __file__, "--process", model, side, str(noise), str(report)]).peak
-    return (0.0 if side == "none" else float(json.loads(report.read_text()))), peak
+    malloc = [f"{name}={1 << 16}" for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")] if tight else []
+    peak = measure(["/usr/bin/env", *malloc, sys.executable, __file__, "--process", model, side, str(report)]).peak
+    return float(json.loads(report.read_text())), peak
 
 
 def compare(model: str, repeats: int) -> list[Row]:
     """All sides of one model, in turn."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        noisy = {side: partial(run, model, side, 1.0, folder) for side in ("none", *SIDES)}
-        quiet = {f"{side} quiet": partial(run, model, side, 0.0, folder) for side in SIDES}
-        runs = alternate(noisy | quiet, repeats)
-    empty = middle(runs["none"], lambda figures: figures[1])
-    rows: list[Row] = []
-    for side in SIDES:
-        seconds, peak = (middle(runs[side], lambda figures, at=at: figures[at]) for at in (0, 1))
-        without = middle(runs[f"{side} quiet"], lambda figures: figures[0])
-        rows.append(Row(model, side, seconds, without, (peak - empty) / MEGABYTE, repeats))
-    return rows
+        timed = {side: partial(run, model, side, Path(name), tight=False) for side in (*SIDES, "noise")}
+        runs = alternate(timed, repeats)
+        tight = {side: partial(run, model, side, Path(name), tight=True) for side in (*SIDES, "none")}
+        peaks = {side: middle(found, lambda figures: figures[1]) for side, found in alternate(tight, repeats).items()}
+    return [
+        Row(model, side, middle(runs[side], lambda figures: figures[0]),
+            0.0 if side == "noise" else (peaks[side] - peaks["none"]) / MEGABYTE, repeats)
+        for side in runs
+    ]  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| model | side | step | over plain | without noise | over plain | memory | over plain | runs |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| model | side | step | over plain | memory | over plain | runs |", "|---|---|---|---|---|---|---|"]
     first = {row["model"]: row for row in rows if row["side"] == "plain"}
     for row in rows:
         base = first[row["model"]]
-        cells = [
-            f"{row['step']:.2f} s", f"{row['step'] / base['step']:.2f}", f"{row['quiet']:.2f} s",
-            f"{row['quiet'] / base['quiet']:.2f}", f"{row['memory']:.0f} MB", f"{row['memory'] / base['memory']:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {row['model']} | {row['side']} | {' | '.join(cells)} | {row['runs']} |")
+        time_ = f"{row['step']:.2f} s | {row['step'] / base['step']:.2f}"
+        memory = f"{row['memory']:.0f} MB | {row['memory'] / base['memory']:.2f}" if row["memory"] else "|"
+        lines.append(f"| {row['model']} | {row['side']} | {time_} | {memory} | {row['runs']} |")
     return lines
 
 
@@ -215,11 +219,12 @@ def write(rows: list[Row]) -> list[str]:
 
 
 EXPLAINED = (
-    "Fresh processes of one thread, the sides in turn; float32 for all. A step is one batch forward and backward, clipping, "
-    f"noise and AdamW: the median CPU time of {STEPS - 1} steps after the first. Noise is SFL's from AES on a grid, and "
-    "torch's own for Opacus. Memory is the process's peak over that of the same process before its first step. "
-    + "; ".join(f"{name}: {shape.family} {shape.config or 'as published'}, {shape.examples} × {shape.length} tokens"
-                for name, shape in SHAPES.items())
+    "Fresh processes of one thread, the sides in turn; float32 for all. A step is one batch forward and backward, "
+    f"clipping and AdamW: the median CPU time of {STEPS - 1} steps after the first. The noise of a whole step, SFL's "
+    "from AES on a grid, stands by itself. Memory is the process's peak over that of the same process before its first "
+    "step, in processes of their own in which malloc gives freed arrays back at once. "
+    + "; ".join(f"{name}: {each.config or 'as published'}, {each.examples} of {each.length} tokens"
+                for name, each in SHAPES.items())
     + "."
 )  # fmt: skip
 
@@ -228,11 +233,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="esm2-8m,gpt2", help=f"of {', '.join(SHAPES)} (default: esm2-8m,gpt2)")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side (default: 3)")
-    parser.add_argument("--process", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--process", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.process:
-        model, side, noise, report = arguments.process
-        process(model, side, float(noise), Path(report))
+        model, side, report = arguments.process
+        process(model, side, Path(report))
         return 0
     for model in arguments.models.split(","):
         print("\n".join(write(compare(model, arguments.repeats))), flush=True)

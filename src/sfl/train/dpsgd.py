@@ -118,10 +118,9 @@ class PrivateTrainer(Generic[Batch]):
         buffers = _buffers(module)
         with recording(module) as recorder:
             for sample in batches:
-                total = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+                total: dict[str, Tensor] = {}
                 for batch in sample:
-                    for name, value in self._clipped(recorder, module, batch, tally).items():
-                        total[name] += value
+                    self._add_clipped(recorder, batch, total, tally)
                     examples += self.size(batch)
                 self._step(parameters, total, optimizer)
                 steps += 1
@@ -141,25 +140,26 @@ class PrivateTrainer(Generic[Batch]):
 
         Of one example its L2 norm over all parameters is at most ``sensitivity``.
         """
+        total: dict[str, Tensor] = {}
         with recording(module) as recorder:
-            return self._clipped(recorder, module, batch, None)
+            self._add_clipped(recorder, batch, total, Tally(next(module.parameters()).device))
+        return {name: total.get(name, torch.zeros_like(p.data)) for name, p in trained_parameters(module).items()}
 
-    def _clipped(self, recorder: Recorder, module: nn.Module, batch: Batch, tally: Tally | None) -> dict[str, Tensor]:
+    def _add_clipped(self, recorder: Recorder, batch: Batch, total: dict[str, Tensor], tally: Tally) -> None:
         size, seen = self.size(batch), list[BatchLoss]()
         if size == 0:
-            return {}
+            return
 
         def forward() -> Tensor:
-            result = self.losses(module, batch)
+            result = self.losses(recorder.module, batch)
             seen.append(result.seen)
             return result.losses
 
         recorder.check(forward, size)
         recorder.forward(forward, size)
         norms = recorder.norms(keep=self.clipping == "hooks")
-        if tally is not None:
-            tally.add(seen[-1])
-        return recorder.weighted_sum(self._weights(norms))
+        tally.add(seen[-1])
+        recorder.weighted_sum(self._weights(norms), total)
 
     def _weights(self, norms: Tensor) -> Tensor:
         # a norm of zero gives inf below, so a weight of 1
@@ -169,7 +169,7 @@ class PrivateTrainer(Generic[Batch]):
     def _step(
         self, parameters: dict[str, nn.Parameter], total: dict[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        sums = {name: value.cpu().numpy() for name, value in total.items()}
+        sums = {name: total.pop(name, torch.zeros_like(p.data)).cpu().numpy() for name, p in parameters.items()}
         sigma = self.noise_multiplier * self.sensitivity
         noised = noise.add_noise(sums, sigma, noise.secret()) if sigma else sums
         for name, parameter in parameters.items():

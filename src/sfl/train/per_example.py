@@ -211,23 +211,26 @@ class Recorder:
         squares += [squared_norms(uses) for uses in open_.values()]  # another use of theirs reaches no loss
         return torch.stack(squares).sum(0).sqrt()
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """Σ_i w_i g_i by parameter; an example of weight 0 adds nothing, whatever its gradient holds."""
-        out = self._zeros()
+    def weighted_sum(self, weights: Tensor, total: dict[str, Tensor]) -> None:
+        """Add Σ_i w_i g_i by parameter; an example of weight 0 adds nothing, whatever its gradient holds.
+
+        Args:
+            weights: w, shape (examples,).
+            total: Sums so far; a parameter that is not there yet is put there once its activations can be let go.
+        """
         absent = weights == 0.0
         clean: Callable[[Use], Use] = (lambda use: without(use, absent)) if absent.any() else (lambda use: use)
         if not self._kept:
 
             def arrived(name: str, use: Use) -> None:
-                add_sum(clean(use), out[name], None)
+                add_sum(clean(use), self._sum(total, name), None)
 
             self._arrived, self._last = arrived, True
             self._backward(weights, again=False)
         while self._uses:
             name, uses = self._uses.popitem()
             for use in uses:
-                add_sum(clean(use), out[name], weights)
-        return out
+                add_sum(clean(use), self._sum(total, name), weights)
 
     def check(self, losses: Callable[[], Tensor], size: int) -> None:
         """Once for a model: one example's loss must reach its own rows alone, and every parameter through its layers.
@@ -253,7 +256,7 @@ class Recorder:
         _checked[self.module] = names
 
     def _compare(self, result: Tensor) -> None:
-        index, out = int(result.argmax()), self._zeros()
+        index, out = int(result.argmax()), dict[str, Tensor]()
 
         def arrived(name: str, use: Use) -> None:
             others = squared_norms([compact(use)])
@@ -263,17 +266,19 @@ class Recorder:
                     f"examples must be apart, got the loss of one that depends on another by {name!r}. Normalise and "
                     "average within examples, and give each its own row in every layer."
                 )
-            add_sum(use, out[name], None)
+            add_sum(use, self._sum(out, name), None)
 
         self._arrived, self._last = arrived, True
         found = torch.autograd.grad(result[index], list(self.parameters.values()), allow_unused=True)
         gradients = cast("Sequence[Tensor | None]", found)
-        for (name, seen), gradient in zip(out.items(), gradients, strict=True):
-            if gradient is not None and (seen - gradient).norm() > _TOLERANCE * gradient.norm():
+        for name, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None and (self._sum(out, name) - gradient).norm() > _TOLERANCE * gradient.norm():
                 raise ModelError(f"{name!r} must be used through its own layer, got a use past it. Freeze it.")
 
-    def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros_like(parameter.data) for name, parameter in self.parameters.items()}
+    def _sum(self, total: dict[str, Tensor], name: str) -> Tensor:
+        if name not in total:
+            total[name] = torch.zeros_like(self.parameters[name].data)
+        return total[name]
 
     def _backward(self, weights: Tensor, *, again: bool) -> None:
         torch.autograd.grad(self._losses, self._roots, weights, retain_graph=again, allow_unused=True)
