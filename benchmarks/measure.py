@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from typing import TypeVar
 HERE = Path(__file__).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def child(*arguments: object) -> Usage:
     return measure([sys.executable, str(HERE / "child.py"), *map(str, arguments)])
 
 
-def alternate(sides: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+def alternate(sides: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
     """A B A B …, so that whatever else the machine does falls on all alike."""
-    results: dict[str, list[T]] = {name: [] for name in sides}
+    results: dict[K, list[T]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
             results[name].append(run())

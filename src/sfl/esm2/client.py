@@ -6,18 +6,22 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from sfl.client.base import BaseFederatedClient
 from sfl.core import rng
+from sfl.core.mechanism import DpEvent
 from sfl.errors import ConfigError
 from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.dataset import CleaningReport, FederatedProteins, federate_proteins, load_proteins, load_sites
 from sfl.esm2.masking import MaskedBatch, epoch, training_batches
 from sfl.esm2.model import ModelSource, load_model
+from sfl.esm2.private import PrivateTraining
 from sfl.privacy.filters.layers import chosen_layers, parse_layers
+from sfl.train.dpsgd import ExampleLosses
 from sfl.train.module import frozen, lend_parameters, load_parameters, resident
 from sfl.train.trainer import BatchLoss, Outcome, Trainer
 from sfl.types import ClientUpdate, Config, Evaluation, Metrics, Parameters
@@ -52,12 +56,23 @@ class ESM2Client(BaseFederatedClient):
         )
         self.frozen = parse_layers(config.privacy.freeze_layers)
         self.trainer = esm2_trainer(self.config)
+        self.private = PrivateTraining.of(config, len(self.train)) if config.privacy.dpsgd else None
+
+    def privacy_event(self, config: Config) -> DpEvent | None:
+        """What a round of DP-SGD costs each protein; ``None`` for plain training."""
+        return None if self.private is None else self.private.event()
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
         """Local AdamW steps of MLM; the weight is the number of proteins that the site trains on."""
         module = resident_model(self.model, self.device)
         load_parameters(module, parameters)
-        round = int(config["round"])
+        with frozen(module, chosen_layers(self.frozen, list(parameters))):
+            outcome = self._fit(module, int(config["round"]))
+        return lend_parameters(module), len(self.train), figures(outcome)
+
+    def _fit(self, module: EsmForMaskedLM, round: int) -> Outcome:
+        if self.private is not None:
+            return self.private.fit(module, self.train, mlm_losses)
         batches = training_batches(
             self.train,
             self.config.batch_size,
@@ -66,9 +81,7 @@ class ESM2Client(BaseFederatedClient):
             steps=self.config.local_steps,
             generator=rng.public(self.seed, round, "esm2-train", self.site),
         )
-        with frozen(module, chosen_layers(self.frozen, list(parameters))):
-            outcome = self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site))
-        return lend_parameters(module), len(self.train), figures(outcome)
+        return self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site))
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
         """Loss, perplexity and masked accuracy on the site's held-out proteins, with the same masks every round."""
@@ -138,6 +151,29 @@ def mlm_loss(module: nn.Module, batch: MaskedBatch) -> BatchLoss:
     targets = torch.from_numpy(batch.targets).to(device)
     total = nn.functional.cross_entropy(logits, targets, reduction="sum")
     return BatchLoss(total, len(batch.targets), (logits.argmax(-1) == targets).sum())
+
+
+def mlm_losses(module: nn.Module, batch: MaskedBatch) -> ExampleLosses:
+    """Each protein's mean cross-entropy over its own selected residues; 0 for a protein without any.
+
+    The head runs on the selected positions alone, padded to the protein with most of them, so that each keeps a row.
+    """
+    model = cast("EsmForMaskedLM", module)
+    device = model.lm_head.bias.device
+    ids = torch.from_numpy(batch.ids).to(device)
+    attention = (ids != PAD).long() if batch.padded else torch.ones_like(ids)
+    hidden = model.esm(ids, attention_mask=attention).last_hidden_state
+    counts = batch.selected.sum(1)
+    first = np.argsort(~batch.selected, axis=1, kind="stable")[:, : max(int(counts.max()), 1)]
+    chosen = torch.from_numpy(np.arange(first.shape[1]) < counts[:, None]).to(device)
+    places = torch.from_numpy(first).to(device)[:, :, None].expand(-1, -1, hidden.shape[2])
+    logits = model.lm_head(hidden.gather(1, places)).float()
+    targets = torch.full(chosen.shape, -100, device=device)
+    targets[chosen] = torch.from_numpy(batch.targets).to(device)
+    each = nn.functional.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-100)
+    losses = each.sum(1) / chosen.sum(1).clamp(min=1)
+    correct = (logits.argmax(-1) == targets).sum()
+    return ExampleLosses(losses, BatchLoss(each.sum(), len(batch.targets), correct))
 
 
 def figures(outcome: Outcome) -> Metrics:

@@ -37,23 +37,24 @@ class MaskedBatch:
         return len(self.ids)
 
 
-def mask(ids: Ids, generator: np.random.Generator, *, evaluation: bool = False) -> MaskedBatch:
+def mask(ids: Ids, generator: np.random.Generator, *, evaluation: bool = False, apart: bool = False) -> MaskedBatch:
     """Hide residues as in BERT (Devlin et al. 2019, §3.1): 15 % selected; of them 80 % masked, 10 % swapped, 10 % kept.
 
     For an evaluation all of the selected are masked: a kept residue could be read off the input, so counting it would
     flatter the model (and no baseline could be compared with it).
 
     ``<cls>``, ``<eos>`` and padding are never selected. A batch always has one selected residue, drawn at random if
-    the 15 % select none, so that its loss exists.
+    the 15 % select none, so that its loss exists; but not where proteins must be ``apart``.
 
     Args:
         ids: Token ids, int64, shape (proteins, length).
         generator: Draws everything.
         evaluation: Mask all that is selected.
+        apart: What is selected of a protein depends on it alone, as example-level privacy needs.
     """
     residue = (ids >= FIRST_RESIDUE) & (ids < MASK)
     selected = residue & (generator.random(ids.shape) < SELECTED)
-    if not selected.any():
+    if not apart and not selected.any():
         candidates = np.flatnonzero(residue)
         if candidates.size:
             selected.reshape(-1)[generator.choice(candidates)] = True

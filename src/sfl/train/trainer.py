@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -75,10 +75,10 @@ class Trainer(Generic[Batch]):
         module.train()
         torch.default_generator.manual_seed(seed)
         trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = self._optimizer(trainable)
+        optimizer = adamw(trainable, self.learning_rate, self.weight_decay)
         context = autocast(trainable[0].device, self.bf16)
         steps = examples = 0
-        tally = _Tally(trainable[0].device)
+        tally = Tally(trainable[0].device)
         for batch in batches:
             with context:
                 result = self.loss(module, batch)
@@ -92,29 +92,43 @@ class Trainer(Generic[Batch]):
             raise ModelError("local training must have at least one batch, got none. Give the site more data.")
         return Outcome(steps, examples, *tally.means())
 
-    def _optimizer(self, trainable: list[nn.Parameter]) -> torch.optim.Optimizer:
-        groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=True)
-
-    @torch.inference_mode()
     def evaluate(self, module: nn.Module, batches: Iterator[Batch]) -> Outcome:
         """Loss and accuracy over batches; an empty iterator gives zeros over 0 examples."""
-        module.eval()
-        device = next(module.parameters()).device
-        context = autocast(device, self.bf16)
-        examples = steps = 0
-        tally = _Tally(device)
-        for batch in batches:
-            with context:
-                tally.add(self.loss(module, batch))
-            steps, examples = steps + 1, examples + self.size(batch)
-        return Outcome(steps, examples, *tally.means())
+        return evaluate(module, batches, loss=self.loss, size=self.size, bf16=self.bf16)
 
 
-class _Tally:
+@torch.inference_mode()
+def evaluate(
+    module: nn.Module,
+    batches: Iterator[Batch],
+    *,
+    loss: Callable[[nn.Module, Batch], BatchLoss],
+    size: Callable[[Batch], int],
+    bf16: bool,
+) -> Outcome:
+    """Loss and accuracy over batches; an empty iterator gives zeros over 0 examples."""
+    module.eval()
+    device = next(module.parameters()).device
+    context = autocast(device, bf16)
+    examples = steps = 0
+    tally = Tally(device)
+    for batch in batches:
+        with context:
+            tally.add(loss(module, batch))
+        steps, examples = steps + 1, examples + size(batch)
+    return Outcome(steps, examples, *tally.means())
+
+
+def adamw(trainable: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW whose decay is of matrices alone."""
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+
+
+class Tally:
     """Running sums, kept on the device so that no step waits for a copy to the host."""
 
     def __init__(self, device: torch.device) -> None:
@@ -123,11 +137,13 @@ class _Tally:
         self._count = 0
 
     def add(self, result: BatchLoss) -> None:
+        """Count one forward pass."""
         self._loss += result.total.detach()
         self._correct += result.correct
         self._count += result.count
 
     def means(self) -> tuple[float, float]:
+        """Loss and accuracy of all that was predicted; zeros of nothing."""
         count = max(self._count, 1)
         return float(self._loss) / count, int(self._correct) / count
 
