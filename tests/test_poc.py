@@ -147,15 +147,15 @@ def test_a_submitted_job_is_seen_and_comes_home_with_the_bits_of_the_simulation(
 def test_a_run_is_submitted_again_and_goes_on_from_what_the_server_kept(federation: Federation) -> None:
     from sfl.env import ProdEnv
 
-    env, out = ProdEnv(startup_kit=federation.folder / federation.kit), federation.folder / "runs" / "longer"
+    env, out = ProdEnv(startup_kit=federation.folder / federation.kit), federation.folder / "runs" / "sum"
     with pytest.raises(ConfigError, match="out must be the folder of a run that nvflare-prod keeps"):
-        env.submit(sum_recipe(), out=out, resume=True)
-    for rounds in (1, 3):
-        federation.jobs["longer"] = env.submit(sum_recipe(num_rounds=rounds), out=out, resume=rounds > 1)
-        home = federation.home("longer")
-        assert home.returncode == 0, home.stderr
-    assert [entry["round"] for entry in read_metrics(out / "metrics.jsonl") if entry["round"]] == [1, 2, 3]
-    assert federation.final("longer")["sum"].tobytes() == sum_recipe(num_rounds=3).execute().parameters["sum"].tobytes()
+        env.submit(sum_recipe(), out=out.with_name("none"), resume=True)
+    assert federation.home("sum").returncode == 0
+    again = env.submit(sum_recipe(num_rounds=5), out=out, resume=True)
+    home = federation.sfl("download", again, "--wait", "--startup-kit", federation.kit, "--out", "runs/sum")
+    assert home.returncode == 0, home.stderr
+    assert [entry["round"] for entry in read_metrics(out / "metrics.jsonl") if entry["round"]] == [1, 2, 3, 4, 5]
+    assert federation.final("sum")["sum"].tobytes() == sum_recipe(num_rounds=5).execute().parameters["sum"].tobytes()
 
 
 def test_an_exported_job_gives_the_same_bits_through_plain_flare(federation: Federation) -> None:
