@@ -19,6 +19,7 @@ from sfl.errors import CompositionError, ConfigError, MissingExtraError
 __all__ = ["Guarantee", "PrivacyAccountant", "guarantees", "worst_off"]
 
 Method = Literal["pld", "prv"]
+_INTERVAL = 1e-4
 _PRV_ERROR = 0.01  # absolute, in ε
 
 
@@ -109,8 +110,9 @@ class PrivacyAccountant:
     def _pld(self, counted: Counter[DpEvent]) -> float:
         losses = _library("dp_accounting.pld.privacy_loss_distribution")
         total: Any = None
+        step = max(_interval(event, count) for event, count in counted.items())  # all must be on one grid
         for event, count in counted.items():
-            loss = _loss(losses, event, count)
+            loss = _loss(losses, event, count, step)
             total = loss if total is None else total.compose(loss)
         return float(total.get_epsilon_for_delta(self.delta))
 
@@ -171,22 +173,39 @@ def _counted(events: Iterable[DpEvent]) -> Counter[DpEvent]:
     return counted
 
 
-def _loss(losses: Any, event: DpEvent, count: int) -> Any:
+def _scale(event: DpEvent, count: int) -> float:
+    """Noise over sensitivity of what is composed: without sampling so many Gaussians are one."""
+    return event.noise_multiplier / math.sqrt(count) if event.sampling_rate >= 1.0 else event.noise_multiplier
+
+
+def _interval(event: DpEvent, count: int) -> float:
+    """The grid of privacy losses. They grow as 1 / σ²; with a fixed grid, little noise would take minutes to account.
+
+    A coarser one rounds further up, so that ε stays an upper bound.
+    """
+    return _INTERVAL if event.noise_multiplier <= 0.0 else _INTERVAL * max(1.0, _scale(event, count) ** -2)
+
+
+def _loss(losses: Any, event: DpEvent, count: int, step: float) -> Any:
     """The privacy loss of ``count`` such events. An (ε, δ) event is dominated by randomised response (Kairouz, Oh and
     Viswanath, ICML 2015), under whichever adjacency its ε is true.
     """
     if event.noise_multiplier <= 0.0:
         parameters = _library("dp_accounting.pld.common").DifferentialPrivacyParameters(event.epsilon, event.delta)
-        return losses.from_privacy_parameters(parameters).self_compose(count)
+        return losses.from_privacy_parameters(parameters, value_discretization_interval=step).self_compose(count)
     relation = getattr(
         _library("dp_accounting").NeighboringRelation,
         "ADD_OR_REMOVE_ONE" if event.adjacency == "add_remove" else "REPLACE_ONE",
     )
     if event.sampling_rate >= 1.0:  # Gaussians compose to one
-        scale = event.noise_multiplier / math.sqrt(count)
-        return losses.from_gaussian_mechanism(scale, neighboring_relation=relation)
+        return losses.from_gaussian_mechanism(
+            _scale(event, count), value_discretization_interval=step, neighboring_relation=relation
+        )
     return losses.from_gaussian_mechanism(
-        event.noise_multiplier, sampling_prob=event.sampling_rate, neighboring_relation=relation
+        event.noise_multiplier,
+        sampling_prob=event.sampling_rate,
+        value_discretization_interval=step,
+        neighboring_relation=relation,
     ).self_compose(count)
 
 
