@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from sfl.client.canary import CanaryClient
+from sfl.client.canary import Canaries, CanaryClient
 from sfl.core.algorithm import Algorithm
 from sfl.core.events import Observer
 from sfl.core.mechanism import Mechanism
@@ -105,9 +105,13 @@ class RecipePipeline:
         """For the mechanism that is nearest to what is seen."""
         return Scoring.of(self._mechanisms[-1], self._federation.turns)
 
-    @cached_property
+    @property
     def claim(self) -> Guarantee:
         """Of the events that the loop charges for such a run."""
+        return self._claim
+
+    @cached_property
+    def _claim(self) -> Guarantee:
         job, federation = self._job, self._federation
         algorithm = job.algorithm
         if not isinstance(algorithm, Algorithm):
@@ -193,18 +197,16 @@ class RecipePipeline:
         resolved = self.recipe.resolved()
         budget = self.recipe.budget or PrivacyBudget()
         names = site_names(self._federation.num_clients)[: self.canaries]
+        bound = clip_bound(self._mechanisms[-1])
+        canaries = Canaries(
+            directions=directions, coins=coins, length=self.length, bound=bound, mirrored=self._mirrored
+        )
         changed: dict[str, Any] = {"aggregator": OwnParts(directions, names)} if self.sees == "updates" else {}
         return replace(
             resolved,
             name=f"audit of {resolved.name}",
             client=CanaryClient,
-            client_kwargs={
-                "directions": directions,
-                "coins": coins,
-                "length": self.length,
-                "bound": clip_bound(self._mechanisms[-1]),
-                "mirrored": self._mirrored,
-            },
+            client_kwargs={"canaries": canaries},
             initial_parameters=self._initial,
             federation=self._federation,
             mechanisms=self._mechanisms,

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sfl.client.base import BaseFederatedClient
 from sfl.privacy.adaptive_clip import BOUND
 from sfl.privacy.audit.directions import Directions
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 
-__all__ = ["CanaryClient", "CanaryStayedAwayError"]
+__all__ = ["Canaries", "CanaryClient", "CanaryStayedAwayError"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canaries:
+    """All canaries of a run.
+
+    Attributes:
+        directions: Theirs.
+        coins: One character for each: ``"1"`` is heads.
+        length: Norm of a step over the clip bound.
+        bound: The clip bound, where a task does not carry the round's own.
+        mirrored: Whether tails is the opposite step rather than none.
+    """
+
+    directions: Directions
+    coins: str
+    length: float
+    bound: float
+    mirrored: bool
 
 
 class CanaryStayedAwayError(Exception):
@@ -28,27 +49,12 @@ class CanaryClient(BaseFederatedClient):
     Args:
         client_id: Index of the site: canaries come first, bystanders last.
         device: Unused.
-        directions: All canaries' directions.
-        coins: One character for each canary: ``"1"`` is heads.
-        length: Norm of the step over the clip bound.
-        bound: The clip bound, where the task does not carry the round's own.
-        mirrored: Whether tails is the opposite step rather than none.
+        canaries: All of them.
     """
 
-    def __init__(
-        self,
-        client_id: int = 0,
-        device: str = "cpu",
-        *,
-        directions: Directions,
-        coins: str,
-        length: float,
-        bound: float,
-        mirrored: bool,
-    ) -> None:
+    def __init__(self, client_id: int = 0, device: str = "cpu", *, canaries: Canaries) -> None:
         super().__init__(client_id=client_id, device=device)
-        self.directions, self.coins = directions, coins
-        self.length, self.bound, self.mirrored = length, bound, mirrored
+        self.canaries = canaries
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
         """The parameters with the canary's step.
@@ -56,13 +62,14 @@ class CanaryClient(BaseFederatedClient):
         Raises:
             CanaryStayedAwayError: If the coin keeps it out.
         """
-        if self.client_id >= len(self.coins):
+        canaries = self.canaries
+        if self.client_id >= len(canaries.coins):
             return dict(parameters), 1, {}
-        heads = self.coins[self.client_id] == "1"
-        if not heads and not self.mirrored:
+        heads = canaries.coins[self.client_id] == "1"
+        if not heads and not canaries.mirrored:
             raise CanaryStayedAwayError(f"{self.site} takes no part")
-        length = self.length * float(config.get(BOUND, self.bound))
-        return self.directions.add(parameters, self.client_id, length if heads else -length), 1, {}
+        length = canaries.length * float(config.get(BOUND, canaries.bound))
+        return canaries.directions.add(parameters, self.client_id, length if heads else -length), 1, {}
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
         """Nothing to say."""

@@ -35,7 +35,7 @@ class Watch(Callback):
         """Where the model is before the round."""
         run.memory["before"] = self.directions.project(run.parameters)
 
-    def on_aggregation_finished(self, run: RunView, event: AggregationFinished) -> None:
+    def on_aggregation_finished(self, run: RunView, event: AggregationFinished) -> None:  # noqa: ARG002
         """How far it has moved."""
         after = self.directions.project(run.parameters)
         moved = after - cast("Array", run.memory["before"])

@@ -1,7 +1,7 @@
 """Audits: a lower bound on ε that is measured, beside the upper bound that the ledger claims.
 
 ``PrivacyAuditor.run_audit`` sends canaries through one mechanism; ``run_pipeline_audit`` through anything, such as a
-whole run (``sfl.audit.RecipePipeline``). ``check_norm_bound`` finds what statistics cannot: a clip that is a little off.
+whole run (``sfl.audit.RecipePipeline``). ``check_norm_bound`` finds what statistics cannot: a clip a little off.
 """
 
 from sfl.privacy.audit.auditor import Pipeline, PrivacyAuditor
