@@ -3,8 +3,8 @@
     python benchmarks/audit_power.py [--tries 20] [--sound 200] [--kinds gaussian,poisson]
 
 Every try is one whole run in-process (`recipe.execute`) with canaries in place of the sites. Broken mechanisms are
-subclasses of the sound ones. *Caught* counts statistics alone: the measured lower bound is above what the ledger claims.
-The check of norms is counted beside it.
+subclasses of the sound ones. *Caught* counts statistics alone: the measured lower bound is above what the ledger
+claims. The check of norms is counted beside it.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ RESULTS = Path(__file__).parent / "results"
 CANARIES = 500
 MODEL = {"layer.weight": (40, 40), "layer.bias": (400,)}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "gaussian": ({"num_rounds": 5}, {"dp_noise": 4.0}),
-    "poisson": ({"num_rounds": 5, "sampling": "poisson", "fraction_fit": 0.5}, {"dp_noise": 2.0}),
-    "adaptive": ({"num_rounds": 5}, {"dp_noise": 4.0, "dp_adaptive_clip": True}),
+    "gaussian": ({"num_rounds": 3}, {"dp_noise": 3.0}),
+    "poisson": ({"num_rounds": 4, "sampling": "poisson", "fraction_fit": 0.5}, {"dp_noise": 2.0}),
+    "adaptive": ({"num_rounds": 3}, {"dp_noise": 3.0, "dp_adaptive_clip": True}),
     "banded-mf": (
         {"num_rounds": 8, "sampling": "turns", "fraction_fit": 0.25, "num_clients": CANARIES + 4},
         {"dp_noise": 2.5, "dp_mechanism": "banded-mf"},
     ),
     "client": (
-        {"num_rounds": 5, "num_clients": CANARIES, "min_available_clients": CANARIES},
-        {"dp_noise": 8.0, "dp_mode": "client"},
+        {"num_rounds": 3, "num_clients": CANARIES, "min_available_clients": CANARIES},
+        {"dp_noise": 6.0, "dp_mode": "client"},
     ),
-    "local": ({"num_rounds": 5, "num_clients": CANARIES}, {"dp_noise": 8.0, "dp_mode": "local"}),
+    "local": ({"num_rounds": 3, "num_clients": CANARIES}, {"dp_noise": 6.0, "dp_mode": "local"}),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import numpy as np
 
@@ -19,6 +19,12 @@ from sfl.privacy.noise import secret
 from sfl.types import Array
 
 __all__ = ["Pipeline", "PrivacyAuditor"]
+
+
+class _How(TypedDict):
+    delta: float
+    confidence: float
+    heads_only: bool
 
 
 class Pipeline(Protocol):
@@ -128,13 +134,14 @@ class PrivacyAuditor:
         """
         runs = math.ceil(self.canaries / pipeline.canaries)
         coins = secret().integers(0, 2, (runs, pipeline.canaries)).astype(bool)
-        scores = [pipeline.scoring.scores(pipeline.observe(row, _seed())) for row in coins]
-        claim = pipeline.claim
-        found = lower_bound(np.concatenate(scores), coins.reshape(-1), delta=claim.delta, confidence=self.confidence)
+        scoring, claim = pipeline.scoring, pipeline.claim
+        scores = np.concatenate([scoring.scores(pipeline.observe(row, _seed())) for row in coins])
+        how: _How = {"delta": claim.delta, "confidence": self.confidence, "heads_only": scoring.heads_only}
+        found = lower_bound(scores, coins.reshape(-1), **how)
         return AuditReport(
             epsilon_lower=found.epsilon,
             epsilon_claimed=claim.epsilon,
-            epsilon_strongest=strongest_bound(coins.size, delta=claim.delta, confidence=self.confidence),
+            epsilon_strongest=strongest_bound(coins.size, **how),
             delta=claim.delta,
             confidence=self.confidence,
             canaries=coins.size,

@@ -39,12 +39,11 @@ class NormCheck:
     @property
     def words(self) -> str:
         """The finding in a sentence."""
+        times = self.largest / self.bound
         of = f" of {self.mechanism}" if self.mechanism else ""
         if self.holds:
-            return (
-                f"norm bound{of}: kept by all {self.checked} clipped values (largest {self.largest / self.bound:.3g} C)"
-            )
-        return f"norm bound{of}: broken: a clipped value has {self.largest / self.bound:.4g} times the bound C"
+            return f"norm bound{of}: kept by all {self.checked} clipped values (largest {times:.3g} C)"
+        return f"norm bound{of}: broken: a clipped value has {times:.4g} times the bound C"
 
 
 def check_norm_bound(

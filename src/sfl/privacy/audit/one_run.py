@@ -1,19 +1,18 @@
 """A lower confidence bound on ε from one run, with many canaries (Steinke, Nasr and Jagielski, NeurIPS 2023).
 
-Each of m canaries takes part or not, by a fair coin of its own. Somebody who sees only what the run released guesses the
-coins of some of them, and abstains on the others. If the run is (ε, δ)-private for each canary, then of r guesses v or
-more are right with probability at most
+Each of m canaries takes part or not, by a fair coin of its own. Somebody who sees only what the run released guesses
+the coins of some of them, and abstains on the others. If the run is (ε, δ)-private for each canary, then of r guesses v
+or more are right with probability at most
 
     P[W ≥ v] + 2mδ · max_i P[v − i ≤ W < v] / i,    W ~ Binomial(r, e^ε / (1 + e^ε))
 
-(Theorem 5.2 and Corollary 5.4; the program in Appendix D computes the same). An ε under which that is too small to believe is
-rejected; the bound is where that ends. It holds whatever the canaries are and however the guesses are made.
+(Corollary 5.4; the program in Appendix D computes the same). An ε under which that is too small to believe is rejected;
+the bound is where that ends. It holds whatever the canaries are and however the guesses are made.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +24,8 @@ __all__ = ["Guesses", "choices", "epsilon_lower_bound", "lower_bound", "one_run_
 
 _STEPS = 40  # of a bisection: to 1e-12 of the bracket
 _MOST = 64.0  # ε past which no number of canaries on a machine says anything
-_SHARES = (16, 8, 4, 2, 1)  # guesses are m over these: fixed before anything runs
+_BOTH = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of the canaries that are guessed in, and as many out
+_HEADS = (1 / 16, 1 / 8, 1 / 4, 3 / 8)  # that are guessed in, where none is guessed out
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Guesses:
 
     Attributes:
         epsilon: The lower bound on ε; 0 says nothing.
-        guesses: How many were made: half of them for the highest scores, half for the lowest.
+        guesses: How many were made, for the highest scores and, unless ``heads_only``, as many for the lowest.
         correct: How many of them were right.
     """
 
@@ -111,17 +111,28 @@ def epsilon_lower_bound(
     return low
 
 
-def choices(canaries: int) -> list[int]:
-    """The numbers of guesses that ``lower_bound`` tries: m/16, m/8, m/4, m/2 and m, each even and at least 2.
+def choices(canaries: int, *, heads_only: bool = False) -> list[tuple[int, int]]:
+    """The pairs (k₊, k₋) that ``lower_bound`` tries: how many are guessed in, and how many out.
+
+    Args:
+        canaries: m.
+        heads_only: Whether none is guessed out.
 
     Example:
-        >>> choices(500)
-        [30, 62, 124, 250, 500]
+        >>> choices(512)
+        [(16, 16), (32, 32), (64, 64), (128, 128), (256, 256)]
+        >>> choices(512, heads_only=True)
+        [(32, 0), (64, 0), (128, 0), (192, 0)]
     """
-    return sorted({max(2, canaries // share // 2 * 2) for share in _SHARES})
+    if heads_only:
+        return sorted({(max(1, int(canaries * share)), 0) for share in _HEADS})
+    sizes = sorted({max(1, int(canaries * share)) for share in _BOTH})
+    return [(size, size) for size in sizes]
 
 
-def lower_bound(scores: Array, coins: Array, *, delta: float = 0.0, confidence: float = 0.95) -> Guesses:
+def lower_bound(
+    scores: Array, coins: Array, *, delta: float = 0.0, confidence: float = 0.95, heads_only: bool = False
+) -> Guesses:
     """The best bound over ``choices``, with Bonferroni's correction for their number.
 
     Few guesses, on the canaries that stand out most, suit noise that is too small; guesses on all suit noise that is
@@ -132,6 +143,7 @@ def lower_bound(scores: Array, coins: Array, *, delta: float = 0.0, confidence: 
         coins: Whether it did; shape (m,).
         delta: δ of the claim.
         confidence: Of the best bound.
+        heads_only: Guess none out, where one that is in may leave no trace (sampling). Decided before the run.
 
     Raises:
         ConfigError: If there are fewer than two canaries, or the shapes differ, or a score is no number.
@@ -141,33 +153,30 @@ def lower_bound(scores: Array, coins: Array, *, delta: float = 0.0, confidence: 
         raise ConfigError(
             f"scores and coins must be one number for each of two canaries or more, got {values.shape}, {truth.shape}."
         )
-    sizes = choices(values.size)
-    order = np.argsort(values, kind="stable")
-    each = 1.0 - (1.0 - confidence) / len(sizes)
-    return _best(truth[order], sizes, delta, each)
+    tried = choices(values.size, heads_only=heads_only)
+    each = 1.0 - (1.0 - confidence) / len(tried)
+    ordered = truth[np.argsort(values, kind="stable")]
+    found = [_guessed(ordered, *sizes, delta, each) for sizes in tried]
+    return max(found, key=lambda guesses: guesses.epsilon)
 
 
-def strongest_bound(canaries: int, *, delta: float = 0.0, confidence: float = 0.95) -> float:
+def strongest_bound(canaries: int, *, delta: float = 0.0, confidence: float = 0.95, heads_only: bool = False) -> float:
     """What ``lower_bound`` gives if every guess is right: no audit with so many canaries can show a larger ε.
 
     Example:
         >>> round(strongest_bound(1000, delta=1e-5), 1)
-        5.2
+        5.3
     """
-    return lower_bound(
-        np.arange(canaries), np.arange(canaries) >= canaries // 2, delta=delta, confidence=confidence
-    ).epsilon
+    ranks = np.arange(canaries)
+    coins = ranks >= canaries // 2
+    return lower_bound(ranks, coins, delta=delta, confidence=confidence, heads_only=heads_only).epsilon
 
 
-def _best(sorted_coins: Array, sizes: Sequence[int], delta: float, confidence: float) -> Guesses:
-    found = Guesses(-1.0, 0, 0)
-    for size in sizes:
-        half = size // 2
-        right = int(sorted_coins[-half:].sum()) + half - int(sorted_coins[:half].sum())
-        epsilon = epsilon_lower_bound(right, size, sorted_coins.size, delta=delta, confidence=confidence)
-        if epsilon > found.epsilon:
-            found = Guesses(epsilon, size, right)
-    return found
+def _guessed(ordered: Array, heads: int, tails: int, delta: float, confidence: float) -> Guesses:
+    """The bound from guessing the last ``heads`` in and the first ``tails`` out."""
+    right = int(ordered[ordered.size - heads :].sum()) + tails - int(ordered[:tails].sum())
+    made = heads + tails
+    return Guesses(epsilon_lower_bound(right, made, ordered.size, delta=delta, confidence=confidence), made, right)
 
 
 def _binomial(trials: int, epsilon: float) -> Array:

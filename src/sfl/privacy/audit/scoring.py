@@ -43,6 +43,11 @@ class Scoring:
             noise_multiplier=event.noise_multiplier,
         )
 
+    @property
+    def heads_only(self) -> bool:
+        """Whether only canaries that are in are worth a guess: of those that were never drawn nothing is seen."""
+        return self.sampling_rate < 1.0
+
     def scores(self, seen: Array) -> Array:
         """One score for each canary.
 
