@@ -37,11 +37,11 @@ CANARIES = 500
 MODEL = {"layer.weight": (40, 40), "layer.bias": (400,)}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gaussian": ({"num_rounds": 3}, {"dp_noise": 3.0}),
-    "poisson": ({"num_rounds": 4, "sampling": "poisson", "fraction_fit": 0.5}, {"dp_noise": 2.0}),
+    "poisson": ({"num_rounds": 4, "sampling": "poisson", "fraction_fit": 0.5}, {"dp_noise": 3.0}),
     "adaptive": ({"num_rounds": 3}, {"dp_noise": 3.0, "dp_adaptive_clip": True}),
     "banded-mf": (
         {"num_rounds": 8, "sampling": "turns", "fraction_fit": 0.25, "num_clients": CANARIES + 4},
-        {"dp_noise": 2.5, "dp_mechanism": "banded-mf"},
+        {"dp_noise": 3.0, "dp_mechanism": "banded-mf"},
     ),
     "client": (
         {"num_rounds": 3, "num_clients": CANARIES, "min_available_clients": CANARIES},
