@@ -186,11 +186,11 @@ class RecipePipeline:
 
     @cached_property
     def _inside(self) -> Parameters:
-        """The arrays that leave a site under the recipe's chain."""
+        """The arrays of floats that leave a site under the recipe's chain."""
         sent = self._job.program.chain.sends(dict(self._initial))
-        inside = {name: value for name, value in self._initial.items() if name in sent}
+        inside = {name: value for name, value in self._initial.items() if name in sent and value.dtype.kind == "f"}
         if not inside:
-            raise ConfigError("an audited recipe must send arrays of its model, got none that leave a site.")
+            raise ConfigError("an audited recipe must send arrays of floats, got none that leave a site.")
         return inside
 
     def _with(self, directions: Directions, coins: str) -> Recipe:
