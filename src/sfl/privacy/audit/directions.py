@@ -63,6 +63,15 @@ class Directions:
             first = (index - start) % self.count
             target[name].reshape(-1)[first :: self.count] = values[name].reshape(-1)[first :: self.count]
 
+    def along(self, values: Parameters, index: int) -> float:
+        """⟨values, direction⟩ for one direction."""
+        total = 0.0
+        for name, start, signs in self._parts(values):
+            first = (index - start) % self.count
+            own = values[name].reshape(-1)[first :: self.count]
+            total += float(np.dot(own.astype(np.float64), signs[first :: self.count].astype(np.float64)))
+        return total / float(np.sqrt(len(range(index, self._size(values), self.count))))
+
     def project(self, values: Parameters) -> Array:
         """⟨values, direction⟩ for each direction; shape (count,), in float64."""
         total = np.zeros(self.count)

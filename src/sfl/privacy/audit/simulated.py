@@ -131,7 +131,7 @@ class _Simulation:
             for index in self._drawn(round):
                 delta = self._site(index, config, state)
                 if not self.mechanism.on_sum:
-                    seen[round, index] = self.directions.project(delta)[index]
+                    seen[round, index] = self.directions.along(delta, index)
                 for name, value in delta.items():
                     total[name] += value
             if central:
