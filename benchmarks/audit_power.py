@@ -39,7 +39,7 @@ POISSON: dict[str, Any] = {"num_rounds": 4, "sampling": "poisson", "fraction_fit
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gaussian": ({"num_rounds": 3}, {"dp_noise": 3.0}),
     "poisson": (POISSON, {"dp_noise": 3.0}),
-    "poisson, 1000": ({**POISSON, "num_clients": 1001}, {"dp_noise": 3.0}),
+    "poisson-1000": ({**POISSON, "num_clients": 1001}, {"dp_noise": 3.0}),
     "adaptive": ({"num_rounds": 3}, {"dp_noise": 3.0, "dp_adaptive_clip": True}),
     "banded-mf": (
         {"num_rounds": 8, "sampling": "turns", "fraction_fit": 0.25, "num_clients": CANARIES + 4},
@@ -153,8 +153,9 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# What the audit catches",
         "",
-        f"95 % confidence, {sum(map(np.prod, MODEL.values()))} parameters, each try a run by `recipe.execute`, in-process.",
-        "Caught: the measured lower bound is above the ledger's ε, by statistics alone. Most: what every guess right shows.",
+        f"95 % confidence, {sum(map(np.prod, MODEL.values()))} parameters, each try one run in-process.",
+        "Caught: the measured lower bound is above the ledger's ε, by statistics alone. Most: what every guess right",
+        "shows.",
         "",
         "| noise | canaries | state | ledger ε ≤ | measured ε ≥, median (range) | most | caught | norms broken | s |",
         "|---|---|---|---|---|---|---|---|---|",
