@@ -86,6 +86,7 @@ def _app() -> App:
     privacy.command(
         "sfl.cli.privacy:plan", help="What noise a budget needs, or what noise costs, before anything runs."
     )
+    app.command("sfl.cli.audit:audit", help="Measure a lower bound on a run's ε with canaries, beside its ledger's.")
     for tree in (run, submit, config, privacy, _poc()):
         app.command(tree)
     return app

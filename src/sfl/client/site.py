@@ -114,7 +114,7 @@ class Site:
         return Reply(self.name, Status.USED, update, seconds=seconds, known_finite=unchanged)
 
     def _failed(self, task: Task, error: BaseException, started: float) -> Reply:
-        details = traceback.format_exc()
+        details = traceback.format_exc() if self._program.share_metrics else ""  # it does not leave otherwise
         for callback in self._program.callbacks:
             try:
                 callback.on_task_failed(self.name, task, error)

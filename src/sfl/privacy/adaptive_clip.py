@@ -28,7 +28,9 @@ __all__ = ["AdaptiveClip", "delta_noise_multiplier"]
 COUNT = "sfl.below_clip"
 """The array of no dimension that travels beside an update: +1/2 if it was below the bound, -1/2 if it was clipped."""
 
-_BOUND = "dp_clip"  # scalar of a task
+BOUND = "dp_clip"
+"""The scalar of a task that says the bound of its round."""
+
 _LARGEST = 1e9  # the bound stays within this factor of the first, whatever the noise says
 
 
@@ -139,7 +141,7 @@ class ClipAndCount(Stateless):
 
     def told(self, config: Config) -> Self:
         """With the bound that the task carries."""
-        return replace(self, bound=float(config.get(_BOUND, self.bound)))
+        return replace(self, bound=float(config.get(BOUND, self.bound)))
 
     def sends(self, parameters: Parameters) -> Parameters:
         """The indicator beside the rest."""
@@ -167,7 +169,7 @@ class NoiseAndMove(Transform):
 
     def tells(self, state: StateTree) -> Config:
         """The round's bound."""
-        return {_BOUND: _bound(state)}
+        return {BOUND: _bound(state)}
 
     def apply(
         self,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from sfl.core import arrays, rng
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import Notice, RoundStarted, RunFailed, RunFinished
+from sfl.core.mechanism import DpEvent
 from sfl.core.task import FIT, Status
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted
@@ -15,7 +16,7 @@ from sfl.server.job import Job
 from sfl.server.run import Hooks, Run, said_of_examples
 from sfl.server.workflow import Sites, Workflow
 
-__all__ = ["Hooks", "federate"]
+__all__ = ["Hooks", "charges", "federate"]
 
 
 def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hooks: Hooks | None = None) -> ServerState:
@@ -65,11 +66,7 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     run.emit(RoundStarted(round=task.round, cohort=tuple(cohort)))
     told = job.server_chain.tells(state.mechanisms)
     task = replace(task, parameters=arrays.read_only(task.parameters), config={**task.config, **told})
-    costs = [mechanism.event(len(cohort), len(run.clients)) for mechanism in job.mechanisms]
-    group = algorithm.group(task.round)
-    if group:
-        costs = [replace(event, group=group, sampling=f"{event.sampling}; sites take turns") for event in costs]
-    run.hooks.ledger.charge(task.round, *costs)
+    run.hooks.ledger.charge(task.round, *charges(job, algorithm, task.round, len(cohort), len(run.clients)))
     aggregate, fit = run.gather(task, cohort)
     state = run.score_received(state, fit)
     with run.timed("aggregate"):
@@ -83,6 +80,15 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     used = sum(site.stage == FIT and site.status is Status.USED for site in run.sites)
     run.finished_aggregation(state, used)
     return run.close_round(state, fit, evaluate=job.evaluates(state.round))
+
+
+def charges(job: Job, algorithm: Algorithm, round: int, cohort: int, population: int) -> list[DpEvent]:
+    """What a round costs: the events that the ledger is charged with before its exchange."""
+    costs = [mechanism.event(cohort, population) for mechanism in job.mechanisms]
+    group = algorithm.group(round)
+    if not group:
+        return costs
+    return [replace(event, group=group, sampling=f"{event.sampling}; sites take turns") for event in costs]
 
 
 def _tell_failure(run: Run, rounds: int, error: Exception) -> None:

@@ -1,0 +1,104 @@
+"""Auditing the protections of a run that lies in a folder."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from sfl.cli.commands import resolve_esm2
+from sfl.errors import ConfigError
+from sfl.types import FederationConfig
+
+if TYPE_CHECKING:
+    from sfl.esm2.config import ESM2RunConfig
+    from sfl.recipe import Recipe
+
+Simulated = Literal["sim", "flower", "flower-deploy", "nvflare", "nvflare-poc", "flower-in-nvflare"]
+Run = Annotated[Path, Parameter(help="Folder of the run, with its config.yaml; audit.json is written into it.")]
+Canaries = Annotated[int, Parameter(help="Sites with a coin each, in place of the run's. More show a larger ε.")]
+Confidence = Annotated[float, Parameter(help="Probability with which the measured bound is below the true ε.")]
+Rounds = Annotated[int | None, Parameter(help="Rounds to audit; by default as many as the run has.")]
+Engine = Annotated[Simulated, Parameter(help="What carries the audit. Engines need a process or more for each canary.")]
+
+
+def audit(
+    run: Run,
+    /,
+    *,
+    canaries: Canaries = 500,
+    confidence: Confidence = 0.95,
+    rounds: Rounds = None,
+    backend: Engine = "sim",
+) -> int:
+    """Measure a lower bound on ε with canaries in place of the run's sites, beside what the ledger says.
+
+    Nothing is trained and nobody's data is read: the run's own clip, sampling, sum and noise are what is audited. The
+    exit code is 1 if the measurement contradicts the claim.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"RUN must be the folder of a run, with its config.yaml, got {str(run)!r}.")
+    config = resolve_esm2(None, run, {}).config
+    if not config.privacy.dp:
+        raise ConfigError(f"RUN must be a run with --dp to be audited, got {run}, which claims nothing.")
+    from sfl.audit import audit_recipe
+    from sfl.env import environment
+    from sfl.io.run_folder import RunFolder
+
+    recipe = _recipe(config, run, canaries, rounds)
+    report = audit_recipe(recipe, environment(backend, device="cpu"), canaries=canaries, confidence=confidence)
+    spent = _spent(recipe, run)
+    RunFolder(run).write_json("audit.json", {**report.to_dict(), "backend": backend, "run": spent})
+    for line in report.statement():
+        sys.stdout.write(f"{line}\n")
+    if spent:
+        sys.stdout.write(f"the run's own ledger: ε ≤ {spent['epsilon']:.3g}, over {spent['events']} noisy releases\n")
+    sys.stdout.write(f"written to {run / 'audit.json'}\n")
+    return int(report.contradicted)
+
+
+def _recipe(config: ESM2RunConfig, run: Path, canaries: int, rounds: int | None) -> Recipe:
+    """The run's recipe, for so many sites, from its newest model on."""
+    from sfl.esm2.model import find_model
+    from sfl.esm2.server import esm2_recipe
+    from sfl.io.checkpoint import Checkpoints
+    from sfl.io.run_folder import RunFolder
+
+    federation = _federation(config, canaries, rounds)
+    recipe = esm2_recipe(replace(config, federation=federation), find_model(config.client.model))
+    state = Checkpoints(RunFolder(run).checkpoints).load_latest(lambda _: None)
+    return recipe if state is None else replace(recipe, initial_parameters=state.parameters)
+
+
+def _federation(config: ESM2RunConfig, canaries: int, rounds: int | None) -> FederationConfig:
+    """The run's, with a site for each canary. Where absence shows nothing (server), one for each turn stands by."""
+    before = config.federation
+    shared = config.privacy.dp_mode == "client"
+    sites = canaries + (before.turns if config.privacy.dp_mode == "server" else 0)
+    return replace(
+        before,
+        num_clients=sites,
+        num_rounds=rounds or before.num_rounds,
+        min_available_clients=sites // before.turns if shared else 1,
+        workers=1,
+        backend="sim",
+        startup_kit=None,
+        superlink=None,
+        root_certificates=None,
+        round_timeout=0.0,
+    )
+
+
+def _spent(recipe: Recipe, run: Path) -> dict[str, Any]:
+    """What the run's own ledger says; empty if it has none."""
+    from sfl.io.run_folder import RunFolder
+    from sfl.privacy.budget import PrivacyBudget
+    from sfl.privacy.ledger import Ledger
+
+    path = RunFolder(run).ledger
+    events = Ledger(path).events if path.is_file() else []
+    found = (recipe.budget or PrivacyBudget()).spent(events)
+    return {"epsilon": found[0].epsilon, "events": found[0].events} if found else {}
