@@ -138,7 +138,7 @@ def test_an_edited_site_ledger_is_refused_by_its_site(tmp_path: Path) -> None:
     job.execute(out=tmp_path / "run")
     path = tmp_path / "run" / "sites" / "site-1" / "ledger.jsonl"
     path.write_text(path.read_text().replace('"count": 10', '"count": 1'))
-    with pytest.raises((LedgerError, RoundError), match="ledger|withheld"):
+    with pytest.raises((LedgerError, RoundError), match=r"ledger|withheld"):
         recipe(rounds=2, federation=FederationConfig(num_clients=2, num_rounds=2, min_available_clients=2)).execute(
             out=tmp_path / "run", resume=True
         )
