@@ -212,6 +212,7 @@ def test_a_clip_that_is_a_tenth_off_is_caught_on_batches_of_one() -> None:
 
     assert found(0.5).holds
     assert found(0.5).checked == 20
+    assert "ghost clipping: kept by all 20 clipped values (largest 1 C)" in found(0.5).words
     assert not found(0.55).holds
     assert "broken: a clipped value has 1.1 times the bound C" in found(0.55).words
     assert not found(0.5001).holds
@@ -410,6 +411,10 @@ def test_few_sites_are_audited_in_many_runs() -> None:
 def test_what_cannot_be_audited_is_refused() -> None:
     with pytest.raises(CompositionError, match="must have a mechanism, got none"):
         audit_recipe(replace(KINDS["central"], mechanisms=()))
+    sound = KINDS["central"].mechanisms[0]
+    other = broken(sound, event=lambda _, c, p: replace(sound.event(c, p), unit="example"))
+    with pytest.raises(CompositionError, match="must claim site-level privacy against who sees its models, got none"):
+        audit_recipe(replace(KINDS["central"], mechanisms=(other,)), canaries=200)
     with pytest.raises(CompositionError, match=r"sites must be at least 2 to be audited, got 1"):
         audit_recipe(recipe(1, dp_noise=1.0))
     with pytest.raises(CompositionError, match="sites must be the recipe's 201 with AdaptiveClip"):
@@ -448,16 +453,16 @@ def test_the_command_audits_a_real_run(
     pytest.importorskip("torch")
     out = tmp_path / "run"
     tiny = ["--local-steps", "1", "--batch-size", "2", "--max-length", "16", "--eval-proteins", "2", "--workers", "1"]
-    assert main(["run", "esm2", "--dp", "--dp-noise", "3", "--num-rounds", "2", *tiny, "--out", str(out)]) == 0
+    assert main(["run", "esm2", "--dp", "--dp-noise", "5", "--num-rounds", "2", *tiny, "--out", str(out)]) == 0
     capsys.readouterr()
-    assert main(["audit", str(out), "--canaries", "60", "--confidence", "0.999"]) == 0
+    assert main(["audit", str(out), "--canaries", "100", "--confidence", "0.999"]) == 0
     said = capsys.readouterr().out
     assert "audit: no contradiction found" in said
     found = json.loads((out / "audit.json").read_text())
-    assert (found["canaries"], found["rounds"], found["backend"]) == (60, 2, "sim")
+    assert (found["canaries"], found["rounds"], found["backend"]) == (100, 2, "sim")
     assert found["epsilon_claimed"] == pytest.approx(found["run"]["epsilon"])
     monkeypatch.setattr("sfl.privacy.dp.GaussianNoise", lambda _: GaussianNoise(0.0))
-    assert main(["audit", str(out), "--canaries", "60"]) == 1
+    assert main(["audit", str(out), "--canaries", "100"]) == 1
     assert "the ledger's claim is contradicted" in capsys.readouterr().out
 
 
