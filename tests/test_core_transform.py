@@ -7,7 +7,7 @@ import pytest
 
 from sfl.core import rng
 from sfl.core.task import Update
-from sfl.core.transform import Chain, Divide, Transform, chain, check_order
+from sfl.core.transform import Chain, Divide, Stateless, Transform, chain, check_order
 from sfl.errors import CompositionError, ConfigError
 from sfl.types import Parameters
 
@@ -181,3 +181,28 @@ def test_a_chain_sends_tells_and_is_told_all_that_its_parts_are() -> None:
     told = both.told({"factor": 3.0})
     assert [transform.factor for transform in told.transforms] == [3.0, 1]  # type: ignore[attr-defined]
     assert run(chain(Talks(2, 0)).told({"factor": 3.0}))[0] == 3.0
+
+
+class Spoken(Stateless):
+    """Says something of everything."""
+
+    def change(self, update: Update) -> Update:
+        return update
+
+    def figures(self, update: Update) -> dict[str, float]:
+        return {"size": float(len(update.delta))}
+
+    def remarks(self, figures: dict[str, float]) -> list[str]:
+        return [f"size {figures['size']:g}"]
+
+    def caveat(self) -> str:
+        return "promises nothing"
+
+
+def test_what_transforms_say_of_an_update() -> None:
+    update = Update("site-1", {"w": np.zeros(2)}, 1.0)
+    both = chain(Divide(2.0), Spoken())
+    assert both.figures(update) == {"size": 1.0}
+    assert both.remarks({"size": 1.0}) == ["size 1"]
+    assert Divide(2.0).caveat() == ""
+    assert Spoken().caveat() == "promises nothing"

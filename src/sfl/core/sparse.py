@@ -10,10 +10,15 @@ import numpy as np
 from sfl.errors import UpdateError
 from sfl.types import Array, Parameters
 
-__all__ = ["WHERE", "nbytes", "packed", "unpacked"]
+__all__ = ["WHERE", "is_packed", "nbytes", "packed", "unpacked"]
 
 WHERE = "\x1fwhere"
 """What is added to an array's name for the positions of its values: a character that no layer's name has."""
+
+
+def is_packed(arrays: object) -> bool:
+    """Whether there are positions among them, whatever arrived."""
+    return isinstance(arrays, dict) and any(str(name).endswith(WHERE) for name in arrays)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 def packed(parameters: Mapping[str, Array]) -> Parameters:
@@ -41,8 +46,6 @@ def unpacked(arrays: Mapping[str, Array], like: Mapping[str, Array]) -> Paramete
     Raises:
         UpdateError: If values and positions do not fit each other, or the array that is expected.
     """
-    if not any(str(name).endswith(WHERE) for name in arrays):
-        return dict(arrays)
     out: Parameters = {}
     for name, value in arrays.items():
         if name.endswith(WHERE):

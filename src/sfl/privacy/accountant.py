@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from sfl.errors import CompositionError, ConfigError, MissingExtraError
 __all__ = ["Guarantee", "PrivacyAccountant", "guarantees", "worst_off"]
 
 Method = Literal["pld", "prv"]
-_INTERVAL = 1e-4
+_FINEST = 1e-4  # of a grid of privacy losses
+_LARGE = 100.0
 _PRV_ERROR = 0.01  # absolute, in ε
 
 
@@ -97,7 +99,7 @@ class PrivacyAccountant:
             return 0.0
         if any(event.noise_multiplier <= 0.0 and event.epsilon <= 0.0 for event in counted):
             return math.inf
-        return self._pld(counted) if self.method == "pld" else self._prv(counted)
+        return _pld(frozenset(counted.items()), self.delta) if self.method == "pld" else self._prv(counted)
 
     def require(self) -> None:
         """Fail now rather than after the first round.
@@ -106,15 +108,6 @@ class PrivacyAccountant:
             MissingExtraError: If the accounting library is not installed.
         """
         _library("dp_accounting.pld" if self.method == "pld" else "prv_accountant")
-
-    def _pld(self, counted: Counter[DpEvent]) -> float:
-        losses = _library("dp_accounting.pld.privacy_loss_distribution")
-        total: Any = None
-        step = max(_interval(event, count) for event, count in counted.items())  # all must be on one grid
-        for event, count in counted.items():
-            loss = _loss(losses, event, count, step)
-            total = loss if total is None else total.compose(loss)
-        return float(total.get_epsilon_for_delta(self.delta))
 
     def _prv(self, counted: Counter[DpEvent]) -> float:
         library = _library("prv_accountant")
@@ -125,6 +118,18 @@ class PrivacyAccountant:
         )
         _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
         return float(upper)
+
+
+@lru_cache(maxsize=256)
+def _pld(counted: frozenset[tuple[DpEvent, int]], delta: float) -> float:
+    """Remembered: a budget is asked, and the same is then reported."""
+    losses = _library("dp_accounting.pld.privacy_loss_distribution")
+    total: Any = None
+    step = max(_interval(event, count) for event, count in counted)  # all must be on one grid
+    for event, count in sorted(counted, key=repr):
+        loss = _loss(losses, event, count, step)
+        total = loss if total is None else total.compose(loss)
+    return float(total.get_epsilon_for_delta(delta))
 
 
 def guarantees(events: Iterable[DpEvent], accountant: PrivacyAccountant) -> list[Guarantee]:
@@ -179,11 +184,16 @@ def _scale(event: DpEvent, count: int) -> float:
 
 
 def _interval(event: DpEvent, count: int) -> float:
-    """The grid of privacy losses. They grow as 1 / σ²; with a fixed grid, little noise would take minutes to account.
+    """The grid of privacy losses: a two-hundredth of what one release's loss spreads, q √(exp(1/σ²) − 1).
 
-    A coarser one rounds further up, so that ε stays an upper bound.
+    Losses grow as 1 / σ², so on a fixed grid little noise would take minutes to account. A coarser grid rounds further
+    up (Doroshenko et al., PoPETs 2022), so that ε stays an upper bound.
     """
-    return _INTERVAL if event.noise_multiplier <= 0.0 else _INTERVAL * max(1.0, _scale(event, count) ** -2)
+    if event.noise_multiplier <= 0.0:
+        return _FINEST
+    inverse = _scale(event, count) ** -2
+    spread = event.sampling_rate * math.sqrt(math.expm1(min(inverse, _LARGE)))
+    return max(_FINEST, min(spread / 200.0, 5.0 * _FINEST * max(1.0, inverse)))
 
 
 def _loss(losses: Any, event: DpEvent, count: int, step: float) -> Any:

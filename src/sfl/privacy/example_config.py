@@ -41,7 +41,12 @@ class ExampleConfig:
             ("dpsgd_noise", self.dpsgd_noise, 0.0 <= self.dpsgd_noise < math.inf, "finite and 0 or more"),
             ("dpsgd_clip", self.dpsgd_clip, 0.0 < self.dpsgd_clip < math.inf, "positive and finite"),
             ("dpsgd_delta", self.dpsgd_delta, 0.0 < self.dpsgd_delta < 1.0, "in (0, 1)"),
-            ("dpsgd_physical_batch", self.dpsgd_physical_batch, self.dpsgd_physical_batch is None or self.dpsgd_physical_batch >= 1, "at least 1"),
+            (
+                "dpsgd_physical_batch",
+                self.dpsgd_physical_batch,
+                self.dpsgd_physical_batch is None or self.dpsgd_physical_batch >= 1,
+                "at least 1",
+            ),
         )
         for name, value, holds, rule in rules:
             if not holds:

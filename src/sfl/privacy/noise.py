@@ -109,6 +109,13 @@ class GaussianNoise(Stateless):
 
     sigma: float
 
+    def sends(self, parameters: Parameters) -> Parameters:
+        """All of it, and real numbers where there were whole ones."""
+        return {
+            name: value if value.dtype.kind == "f" else np.zeros(value.shape, np.float64)
+            for name, value in parameters.items()
+        }
+
     def change(self, update: Update) -> Update:
         """The delta, noised; weight and metrics as they are."""
         return replace(update, delta=add_noise(update.delta, self.sigma, secret()))

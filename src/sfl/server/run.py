@@ -351,7 +351,9 @@ def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
     try:
         if update is None or update.site != reply.site:
             raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
-        if task.name == FIT:  # a wire leaves zeros out, and only here is known what size an array may have
+        if task.name == FIT and sparse.is_packed(
+            update.delta
+        ):  # a wire leaves zeros out, and only here is known what size an array may have
             update = replace(update, delta=sparse.unpacked(update.delta, expected))
             reply = replace(reply, update=update)
         if task.name in (FIT, EVALUATE):

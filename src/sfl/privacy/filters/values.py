@@ -16,7 +16,7 @@ from sfl.privacy.filters.flat import flat, refuse_not_finite, unflat
 from sfl.privacy.noise import SLACK, add_multiples, grid_of
 from sfl.types import Array
 
-__all__ = ["SELECTION_SHARE", "Clamp", "check_private", "laplace_release", "pure_event"]
+__all__ = ["Clamp", "check_private", "laplace_release", "pure_event"]
 
 SELECTION_SHARE = 1.0 / 3.0
 """Of a selection's ε, what choosing the coordinates costs; the rest is for their values."""
