@@ -23,7 +23,7 @@ from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.dp import GaussianMechanism
 from sfl.privacy.dpsgd import dpsgd_event
 from sfl.privacy.filters import ErrorFeedback, TopK
-from sfl.privacy.ledger import Ledger
+from sfl.privacy.ledger import PrivacyLedger
 from sfl.recipe import FedAvgRecipe
 from sfl.types import Config, FederationConfig, Parameters
 
@@ -83,7 +83,7 @@ def test_each_site_is_charged_before_it_trains_and_says_what_it_has_spent(tmp_pa
     job = recipe(client_kwargs={"watch": str(run)})
     result = job.execute(SimEnv(num_threads=workers), out=run, observers=(events.append,))
     for site, rate in (("site-1", 0.01), ("site-2", 0.02)):
-        ledger = Ledger(run / "sites" / site / "ledger.jsonl")
+        ledger = PrivacyLedger(run / "sites" / site / "ledger.jsonl")
         assert [entry.round for entry in ledger.entries] == [1, 2, 3]
         figures = [e.metrics for e in events if isinstance(e, SiteFinished) and e.site == site]
         assert [set(each) for each in figures] == [{EXAMPLE_EPSILON}] * 3, "nothing else may leave"
@@ -197,7 +197,7 @@ def test_esm2_trains_by_dpsgd_within_its_target(tmp_path: Path, more: dict[str, 
     result = esm2_recipe(config, find_model(BUNDLED)).execute(out=tmp_path / "run")
     epsilons = result.state.examples
     assert all(3.8 < epsilon <= 4.0 for epsilon in epsilons.values())
-    ledger = Ledger(tmp_path / "run" / "sites" / "site-1" / "ledger.jsonl")
+    ledger = PrivacyLedger(tmp_path / "run" / "sites" / "site-1" / "ledger.jsonl")
     assert [entry.event.count for entry in ledger.entries] == [2, 2]
     before, after = esm2_recipe(config, find_model(BUNDLED))._initial(), result.parameters
     moved = {name for name in before if (before[name] != after[name]).any()}

@@ -19,7 +19,7 @@ from sfl.env import SimEnv
 from sfl.errors import BudgetExhausted, CompositionError, ConfigError, LedgerError
 from sfl.privacy import ledger as ledger_module
 from sfl.privacy.anchor import ledgers_folder
-from sfl.privacy.ledger import Ledger, dataset_ledger
+from sfl.privacy.ledger import PrivacyLedger, dataset_ledger
 from sfl.recipe import FedAvgRecipe
 from sfl.server.federate import Hooks, federate
 from sfl.types import FederationConfig
@@ -27,8 +27,8 @@ from sfl.types import FederationConfig
 EVENT = clients.TestMechanism("central").event(2, 4)
 
 
-def filled(path: Path, rounds: int = 4) -> Ledger:
-    ledger = Ledger(path)
+def filled(path: Path, rounds: int = 4) -> PrivacyLedger:
+    ledger = PrivacyLedger(path)
     for number in range(1, rounds + 1):
         ledger.charge(number, replace(EVENT, count=number))
     return ledger
@@ -36,14 +36,14 @@ def filled(path: Path, rounds: int = 4) -> Ledger:
 
 def test_what_was_charged_is_read_back(tmp_path: Path) -> None:
     written = filled(tmp_path / "new" / "ledger.jsonl")
-    read = Ledger(tmp_path / "new" / "ledger.jsonl")
+    read = PrivacyLedger(tmp_path / "new" / "ledger.jsonl")
     assert read.events == written.events == [replace(EVENT, count=n) for n in (1, 2, 3, 4)]
     read.charge(5, EVENT)
-    assert len(Ledger(tmp_path / "new" / "ledger.jsonl").events) == 5
+    assert len(PrivacyLedger(tmp_path / "new" / "ledger.jsonl").events) == 5
 
 
 def test_without_a_file_it_counts_in_memory() -> None:
-    ledger = Ledger()
+    ledger = PrivacyLedger()
     ledger.charge(1, EVENT)
     assert ledger.events == [EVENT]
 
@@ -77,21 +77,21 @@ def test_a_ledger_that_was_edited_or_torn_is_refused(tmp_path: Path, damage: str
     filled(path)
     path.write_text("".join(DAMAGE[damage](path.read_text().splitlines(keepends=True))))
     with pytest.raises(LedgerError, match=r"edited or torn; .* the run is refused"):
-        Ledger(path)
+        PrivacyLedger(path)
 
 
 def test_bytes_that_are_no_text_and_a_folder_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(LedgerError, match="must be a readable ledger"):
-        Ledger(path)
+        PrivacyLedger(path)
     with pytest.raises(LedgerError, match="must be a readable ledger"):
-        Ledger(tmp_path)
+        PrivacyLedger(tmp_path)
 
 
 def test_what_cannot_be_written_is_not_spent(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    ledger = Ledger(tmp_path / "file" / "ledger.jsonl")
+    ledger = PrivacyLedger(tmp_path / "file" / "ledger.jsonl")
     with pytest.raises(LedgerError, match="must be writable before anything is sent"):
         ledger.charge(1, EVENT)
     assert ledger.events == []
@@ -102,7 +102,7 @@ def test_a_ledger_must_cover_the_rounds_of_the_checkpoint(tmp_path: Path) -> Non
     ledger.must_cover(0)
     ledger.must_cover(3)
     with pytest.raises(LedgerError, match=r"rounds 1 to 5 spent, got none of \[4, 5\]"):
-        Ledger(tmp_path / "ledger.jsonl").must_cover(5)
+        PrivacyLedger(tmp_path / "ledger.jsonl").must_cover(5)
 
 
 def rechained(lines: list[str], change: Callable[[list[Any]], list[Any]]) -> str:
@@ -130,32 +130,32 @@ def test_a_ledger_that_was_put_back_or_forged_does_not_fit_what_is_remembered(tm
     assert len(lines) == 5
     path.write_text(rechained(lines, FORGED[forged]))
     with pytest.raises(LedgerError, match="An older copy was put back, or it was edited"):
-        Ledger(path)
+        PrivacyLedger(path)
     path.write_text(rechained(lines, lambda bodies: bodies))  # nothing else was wrong with it
-    assert len(Ledger(path).events) == 4
+    assert len(PrivacyLedger(path).events) == 4
 
 
 def test_a_ledger_that_was_never_seen_on_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path / "ledger.jsonl")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger = PrivacyLedger(tmp_path / "ledger.jsonl")
     (tmp_path / "another").write_text("")  # nor does it stop a run if nothing can be remembered
     ledger.charge(5, EVENT)
-    assert len(Ledger(tmp_path / "ledger.jsonl").events) == 5
+    assert len(PrivacyLedger(tmp_path / "ledger.jsonl").events) == 5
 
 
 def test_an_unreadable_memory_is_refused(tmp_path: Path) -> None:
     ledger = filled(tmp_path / "ledger.jsonl")
     (ledgers_folder() / "anchors" / f"{ledger.id}.json").write_text("3")
     with pytest.raises(LedgerError, match="must say what a ledger was, got '3'"):
-        Ledger(tmp_path / "ledger.jsonl")
+        PrivacyLedger(tmp_path / "ledger.jsonl")
 
 
 def test_runs_on_one_data_set_are_counted_together(tmp_path: Path) -> None:
-    first = Ledger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
+    first = PrivacyLedger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
     first.charge(1, EVENT)
     asked: list[tuple[int, list[int]]] = []
-    second = Ledger(
+    second = PrivacyLedger(
         tmp_path / "b.jsonl",
         budget=lambda events, earlier: asked.append((len(events), [len(run) for run in earlier])),
         dataset=dataset_ledger("trial-7"),
@@ -163,7 +163,7 @@ def test_runs_on_one_data_set_are_counted_together(tmp_path: Path) -> None:
     first.charge(2, EVENT, EVENT)  # at the same time
     second.charge(1, EVENT)
     assert asked == [(1, [3])]
-    again = Ledger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
+    again = PrivacyLedger(tmp_path / "a.jsonl", dataset=dataset_ledger("trial-7"))
     assert (len(again.events), [len(run) for run in again.earlier()]) == (3, [1])
     (ledgers_folder() / "trial-7.jsonl").unlink()
     with pytest.raises(LedgerError, match="got 0 or others"):  # also by a run that has begun
@@ -198,7 +198,7 @@ def test_a_line_is_on_disk_before_a_site_works(tmp_path: Path, workers: int) -> 
     out = tmp_path / "run"
     recipe(out, "central", rounds=3).execute(SimEnv(num_threads=workers, device="cpu"), out=out)
     assert sorted(out.with_suffix(".log").read_text().splitlines()) == ["1 1", "1 1", "2 2", "2 2", "3 3", "3 3"]
-    assert [event.sampling_rate for event in Ledger(out / "ledger.jsonl").events] == [1.0, 1.0, 1.0]
+    assert [event.sampling_rate for event in PrivacyLedger(out / "ledger.jsonl").events] == [1.0, 1.0, 1.0]
 
 
 def test_local_noise_follows_the_clip_on_every_site(tmp_path: Path) -> None:
@@ -283,19 +283,19 @@ def two_rounds(events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]]) 
 def test_an_exhausted_budget_ends_the_run_before_anything_is_sent(tmp_path: Path) -> None:
     job = recipe(tmp_path / "run", "central", rounds=5).build()
     recorder = clients.Recorder()
-    ledger = Ledger(tmp_path / "run" / "ledger.jsonl", budget=two_rounds)
+    ledger = PrivacyLedger(tmp_path / "run" / "ledger.jsonl", budget=two_rounds)
     with LocalEngine(job.program, ["site-1", "site-2"]) as engine:
         state = federate(job, engine, hooks=Hooks(observers=(recorder,), ledger=ledger))
     assert state.round == 2
     assert recorder.events[-1].reason == "epsilon must stay below 2, got 3 after round 3."
     assert [e.round for e in recorder.events if isinstance(e, StageStarted)] == [1, 2]
-    assert len(Ledger(tmp_path / "run" / "ledger.jsonl").events) == 2
+    assert len(PrivacyLedger(tmp_path / "run" / "ledger.jsonl").events) == 2
 
 
 def test_nothing_is_sent_when_the_ledger_cannot_be_written(tmp_path: Path) -> None:
     job = recipe(tmp_path / "run", "central").build()
     (tmp_path / "file").write_text("")
-    ledger = Ledger(tmp_path / "file" / "ledger.jsonl")
+    ledger = PrivacyLedger(tmp_path / "file" / "ledger.jsonl")
     recorder = clients.Recorder()
     with LocalEngine(job.program, ["site-1", "site-2"]) as engine, pytest.raises(LedgerError):
         federate(job, engine, hooks=Hooks(observers=(recorder,), ledger=ledger))
@@ -321,9 +321,9 @@ def test_a_round_that_is_repeated_is_charged_again(tmp_path: Path) -> None:
     stop = clients.Recorder(stop_at=6)
     with pytest.raises(InterruptedError):
         recipe(out, "central", rounds=3).execute(SimEnv(device="cpu"), out=out, observers=(stop,))
-    done = [entry.round for entry in Ledger(out / "ledger.jsonl").entries]
+    done = [entry.round for entry in PrivacyLedger(out / "ledger.jsonl").entries]
     result = recipe(out, "central", rounds=3).execute(SimEnv(device="cpu"), out=out, resume=True)
-    rounds = [entry.round for entry in Ledger(out / "ledger.jsonl").entries]
+    rounds = [entry.round for entry in PrivacyLedger(out / "ledger.jsonl").entries]
     assert rounds[: len(done)] == done
     assert len(rounds) == 4
     assert sorted(set(rounds)) == [1, 2, 3]

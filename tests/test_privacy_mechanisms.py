@@ -21,7 +21,7 @@ from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, MissingExtraError
 from sfl.privacy import accountant as accounting
 from sfl.privacy import noise as noises
-from sfl.privacy.accountant import PrivacyAccountant, guarantees
+from sfl.privacy.accountant import PrivacyAccountant, compose_auxiliary, guarantees
 from sfl.privacy.budget import PrivacyBudget, statement
 from sfl.privacy.clip import Clip
 from sfl.privacy.config import PrivacyConfig
@@ -413,3 +413,19 @@ def test_the_statement_says_what_the_figure_depends_on_and_when_it_means_nothing
     (none,) = budget.spent([event(0.0)])
     assert "no formal guarantee" in statement(none)[0]
     assert budget.report([event(0.0)])["guarantees"][0]["epsilon"] is None
+
+
+def test_auxiliary_costs_are_composed_and_not_added() -> None:
+    accountant = PrivacyAccountant(delta=1e-5)
+    event = GaussianMechanism(clip_norm=1.0, noise_multiplier=4.0).event(10, 10)
+    pure = [(0.1, 0.0)] * 20
+    both = compose_auxiliary([event], pure, accountant)
+    alone = accountant.epsilon([event])
+    assert alone < both < alone + 2.0
+    assert compose_auxiliary([event], [], accountant) == alone
+    assert compose_auxiliary([event], [(0.0, 0.0)], accountant) == alone
+    with pytest.raises(ConfigError, match="at least one event"):
+        compose_auxiliary([], pure, accountant)
+    for bad in ((-0.1, 0.0), (math.inf, 0.0), (0.1, 1.0)):
+        with pytest.raises(ConfigError, match="auxiliary cost"):
+            compose_auxiliary([event], [bad], accountant)

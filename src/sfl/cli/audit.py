@@ -96,9 +96,9 @@ def _spent(recipe: Recipe, run: Path) -> dict[str, Any]:
     """What the run's own ledger says; empty if it has none."""
     from sfl.io.run_folder import RunFolder
     from sfl.privacy.budget import PrivacyBudget
-    from sfl.privacy.ledger import Ledger
+    from sfl.privacy.ledger import PrivacyLedger
 
     path = RunFolder(run).ledger
-    events = Ledger(path).events if path.is_file() else []
+    events = PrivacyLedger(path).events if path.is_file() else []
     found = (recipe.budget or PrivacyBudget()).spent(events)
     return {"epsilon": found[0].epsilon, "events": found[0].events} if found else {}

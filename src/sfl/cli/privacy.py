@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from sfl.cli.commands import ConfigFile, RunFolder, resolve_esm2
@@ -11,23 +13,29 @@ from sfl.esm2.config import ESM2RunConfig
 from sfl.privacy.config import PrivacyConfig
 from sfl.types import FederationConfig
 
+_OTHERS = {"dpsgd", "svt_privacy", "percentile_epsilon"}  # protections beside --dp
 _FACTORS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
 
 def _plan(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
-    """What these options cost, or with --dp-target-epsilon the noise that they need, before anything runs.
+    """What these options cost, or with a target ε the noise that they need, before anything runs.
 
-    Options are those of a run; --dp is taken as given.
+    Options are those of a run; --dp is taken as given unless another protection is named.
     """
-    given = overrides if resume else {"dp": True, **overrides}
+    given = overrides if resume or _OTHERS & overrides.keys() else {"dp": True, **overrides}
     options = resolve_esm2(config, resume, given).config
-    return _write(options.privacy, options.federation)
+    privacy = options.privacy
+    if privacy.dp or privacy.selects_privately:
+        _write(privacy, options.federation)
+    if privacy.dpsgd:
+        _write_examples(options)
+    return 0
 
 
 plan = with_options(ESM2RunConfig, _plan)
 
 
-def _write(options: PrivacyConfig, federation: FederationConfig) -> int:
+def _write(options: PrivacyConfig, federation: FederationConfig) -> None:
     from sfl.privacy.budget import statement
     from sfl.privacy.runner_utils import calibrated, cost
 
@@ -38,15 +46,47 @@ def _write(options: PrivacyConfig, federation: FederationConfig) -> int:
         "poisson": f"each of {sites} with probability {federation.fraction_fit:g}",
         "turns": f"each of {sites} once in {federation.turns} rounds",
     }[federation.sampling]
-    out = sys.stdout.write
-    out(f"noise multiplier {found.dp_noise:.4g} · {federation.num_rounds} rounds · {share}\n")
+    noise = f"noise multiplier {found.dp_noise:.4g} · " if found.dp else ""
+    sys.stdout.write(f"{noise}{federation.num_rounds} rounds · {share}\n")
     for guarantee in cost(found, federation):
         for line in statement(guarantee):
-            out(f"  {line}\n")
-    out("\n  noise      ε\n")
-    for factor in _FACTORS:
-        noise = found.dp_noise * factor
-        if noise > 0.0:
-            for guarantee in cost(replace(found, dp_noise=noise), federation):
-                out(f"  {noise:<8.4g} {guarantee.epsilon:>6.4g}{'  ← this plan' if factor == 1.0 else ''}\n")
-    return 0
+            sys.stdout.write(f"  {line}\n")
+    if found.dp:
+        _table(
+            found.dp_noise,
+            lambda noise: [g.epsilon for g in cost(replace(found, dp_noise=noise), federation)],
+        )
+
+
+def _write_examples(options: ESM2RunConfig) -> None:
+    """For the site with the fewest examples, which are drawn most often."""
+    from sfl.esm2.client import federated_data
+    from sfl.esm2.private import PrivateTraining
+    from sfl.privacy.accountant import PrivacyAccountant
+    from sfl.privacy.budget import PrivacyBudget, example_statement
+
+    privacy, federation = options.privacy, options.federation
+    sizes = [len(site.train) for site in federated_data(options)[0].sites]
+    rounds = math.ceil(federation.num_rounds / federation.turns)
+    accountant = PrivacyAccountant(delta=privacy.dpsgd_delta, method=privacy.dp_accountant)
+    size = min(sizes)
+    training = PrivateTraining.of(options, size)
+
+    def spent(noise: float) -> list[float]:
+        return [accountant.epsilon([replace(training, noise_multiplier=noise).event()] * rounds)]
+
+    sys.stdout.write(
+        f"the smallest site, of {size} examples: noise multiplier {training.noise_multiplier:.4g} · {rounds} rounds of "
+        f"{training.steps} steps · each example in a step with probability {training.rate:.3g}\n"
+    )
+    (epsilon,) = spent(training.noise_multiplier)
+    for line in example_statement({"site": epsilon}, PrivacyBudget(delta=privacy.dpsgd_delta)):
+        sys.stdout.write(f"  {line}\n")
+    _table(training.noise_multiplier, spent)
+
+
+def _table(noise: float, epsilons: Callable[[float], list[float]]) -> None:
+    sys.stdout.write("\n  noise      ε\n")
+    for factor in _FACTORS if noise > 0.0 else ():
+        found = "  ".join(f"{epsilon:>6.4g}" for epsilon in epsilons(noise * factor))
+        sys.stdout.write(f"  {noise * factor:<8.4g} {found}{'  ← this plan' if factor == 1.0 else ''}\n")

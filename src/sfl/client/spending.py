@@ -8,7 +8,7 @@ from sfl.client.base import BaseFederatedClient
 from sfl.core.task import EXAMPLE_EPSILON, SPENT
 from sfl.errors import BudgetExhausted, UpdateError
 from sfl.privacy.budget import PrivacyBudget
-from sfl.privacy.ledger import Ledger, dataset_ledger
+from sfl.privacy.ledger import PrivacyLedger, dataset_ledger
 from sfl.types import Config, Metrics
 
 __all__ = ["Spending"]
@@ -50,7 +50,7 @@ class Spending:
         spent = self.budget.spent(self._ledger.events, self._ledger.earlier())
         return {EXAMPLE_EPSILON: max(guarantee.epsilon for guarantee in spent)}
 
-    def _opened(self) -> Ledger:
+    def _opened(self) -> PrivacyLedger:
         name = self.budget.dataset
         dataset = dataset_ledger(f"{name}.{self.site}") if name else None
-        return Ledger(self._path, budget=self.budget.check, dataset=dataset)
+        return PrivacyLedger(self._path, budget=self.budget.check, dataset=dataset)

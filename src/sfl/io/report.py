@@ -47,6 +47,7 @@ def _context(folder: Path) -> dict[str, Any]:
     data = _json(folder / "data.json")
     config_text = _text(folder / "config.yaml")
     environment = _json(folder / "environment.json")
+    privacy = _json(folder / "privacy.json")
     names = report_tables.metric_names(rounds)
     columns = report_tables.figure_columns(rounds, names)
     charts = [(metric_name(name), report_charts.metric_chart(name, rounds)) for name in names[:_CHARTS_SHOWN]]
@@ -65,11 +66,18 @@ def _context(folder: Path) -> dict[str, Any]:
         "sizes": report_charts.size_chart(data.get("sites", [])),
         "time": report_charts.time_chart(rounds),
         "totals": report_tables.totals(rounds),
-        "privacy": _json(folder / "privacy.json"),
+        "privacy": privacy,
+        "epsilons": _epsilons(privacy),
         "config": config_text,
         "environment": environment,
         "plotly_js": report_charts.plotly_js(),
     }
+
+
+def _epsilons(privacy: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Charts of ε over rounds: the run's own ledger."""
+    chart = report_charts.epsilon_chart(privacy.get("over_rounds", []), privacy.get("budget", {}).get("max_epsilon"))
+    return [("ε of the run's ledger, over the rounds", chart)] if chart is not None else []
 
 
 def _rendered(context: Mapping[str, Any]) -> str:

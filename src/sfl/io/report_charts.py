@@ -11,7 +11,7 @@ from sfl.core.events import RoundFinished
 from sfl.core.task import EVALUATE
 from sfl.errors import MissingExtraError
 
-__all__ = ["PHASES", "Series", "metric_chart", "plotly_js", "size_chart", "time_chart"]
+__all__ = ["PHASES", "Series", "epsilon_chart", "metric_chart", "plotly_js", "size_chart", "time_chart"]
 
 _BLUE, _VERMILION, _GREEN, _PINK, _SKY, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 _GREY = "#8a8f98"
@@ -86,6 +86,32 @@ def time_chart(rounds: Sequence[RoundFinished]) -> str | None:
     ]
     layout = {"barmode": "stack", "bargap": 0.35, "yaxis": {"title": {"text": "seconds"}, "rangemode": "tozero"}}
     return _chart("chart-time", traces, layout | {"xaxis": _round_axis(rounds)}) if traces else None
+
+
+def epsilon_chart(spent: Sequence[Mapping[str, Any]], budget: float | None) -> str | None:
+    """ε by the end of each round, of each unit and adversary by itself, against the budget.
+
+    Args:
+        spent: ``round``, ``unit``, ``adversary`` and ``epsilon``, which is ``None`` without a guarantee.
+        budget: The largest ε; ``None`` if there is no limit.
+    """
+    kinds: dict[tuple[str, str], dict[int, float]] = {}
+    for entry in spent:
+        if entry["epsilon"] is not None:
+            kind = (str(entry["unit"]), str(entry["adversary"]).replace("_", " "))
+            kinds.setdefault(kind, {})[int(entry["round"])] = float(entry["epsilon"])
+    traces: list[dict[str, Any]] = []
+    for number, ((unit, adversary), series) in enumerate(kinds.items()):
+        colour = (_BLUE, _VERMILION, _GREEN, _PINK)[number % 4]
+        traces += _line(f"each {unit}, {adversary}", series, {"color": colour, "width": 2.5}, _SITE_MARKS[number % 6])
+    rounds = [number for series in kinds.values() for number in series]
+    if not traces:
+        return None
+    if budget is not None:
+        ends = {min(rounds): budget, max(rounds): budget}
+        traces += _line("budget", ends, {"color": _GREY, "width": 2, "dash": "dash"}, "line-ew")
+    layout = {"yaxis": {"title": {"text": "ε"}, "rangemode": "tozero"}, "xaxis": {"title": {"text": "round"}}}
+    return _chart("chart-epsilon", traces, layout)
 
 
 def size_chart(sites: Sequence[Mapping[str, Any]]) -> str | None:

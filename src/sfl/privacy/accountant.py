@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sfl.core.mechanism import Adjacency, Adversary, DpEvent, Unit
 from sfl.errors import CompositionError, ConfigError, MissingExtraError
 
-__all__ = ["Guarantee", "PrivacyAccountant", "guarantees", "worst_off"]
+__all__ = ["Guarantee", "PrivacyAccountant", "compose_auxiliary", "guarantees", "worst_off"]
 
 Method = Literal["pld", "prv"]
 _FINEST = 1e-4  # of a grid of privacy losses
@@ -118,6 +118,53 @@ class PrivacyAccountant:
         )
         _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
         return float(upper)
+
+
+def compose_auxiliary(
+    events: Sequence[DpEvent], auxiliary: Sequence[tuple[float, float]], accountant: PrivacyAccountant
+) -> float:
+    """ε of events together with (ε, δ) mechanisms on the same units that are none of SFL's: a query, a statistic.
+
+    Each is composed as the worst mechanism that its (ε, δ) allows (Kairouz, Oh and Viswanath, ICML 2015), under the
+    adjacency of the events; sums of ε are never taken, and what concerns another unit has no place here.
+
+    Args:
+        events: Of one unit and adjacency, at least one.
+        auxiliary: (ε, δ) of each release.
+        accountant: Its δ is that of the result, and covers those of ``auxiliary``.
+
+    Raises:
+        ConfigError: If there is no event, or an ε is negative or a δ outside [0, 1).
+
+    Example:
+        >>> event = DpEvent(mechanism="gaussian", noise_multiplier=4.0, sampling_rate=1.0, unit="site",
+        ...                 adjacency="add_remove", adversary="server_trusted", sampling="none")
+        >>> accountant = PrivacyAccountant(delta=1e-5)
+        >>> alone, both = accountant.epsilon([event]), compose_auxiliary([event], [(0.5, 0.0)], accountant)
+        >>> alone < both < alone + 0.5
+        True
+    """
+    if not events:
+        raise ConfigError("auxiliary costs must be composed with at least one event, got none. Charge one first.")
+    for epsilon, delta in auxiliary:
+        if not (epsilon >= 0.0 and math.isfinite(epsilon) and 0.0 <= delta < 1.0):
+            raise ConfigError(
+                f"an auxiliary cost must have epsilon of 0 or more and delta in [0, 1), got {epsilon}, {delta}."
+            )
+    others = [
+        replace(
+            events[0],
+            mechanism="auxiliary",
+            noise_multiplier=0.0,
+            sampling_rate=1.0,
+            count=1,
+            epsilon=epsilon,
+            delta=delta,
+        )
+        for epsilon, delta in auxiliary
+        if epsilon > 0.0
+    ]
+    return accountant.epsilon([*events, *others])
 
 
 @lru_cache(maxsize=256)

@@ -162,7 +162,7 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     if not epsilons:
         return []
     worst = max(epsilons.values())
-    sites = f"{len(epsilons)} site{'s' if len(epsilons) != 1 else ''}"
+    said = f"the largest of {len(epsilons)} sites, each by its own ledger" if len(epsilons) > 1 else "by its own ledger"
     if math.isinf(worst):
         head = "privacy: no formal guarantee for an example: there was no noise that can be accounted"
     else:
@@ -171,7 +171,7 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     return [
         head,
         f"hidden: {_UNITS['example', 'add_remove']}; {_ADJACENCY['add_remove'].format(unit='example')}",
-        f"{_ADVERSARY['server_curious']}, and against other sites; the largest of {sites}, each by its own ledger; "
+        f"{_ADVERSARY['server_curious']}, and against other sites; {said}; "
         "how many examples a site has is taken to be public",
     ]
 

@@ -38,7 +38,7 @@ class Entry:
     event: DpEvent
 
 
-class Ledger:
+class PrivacyLedger:
     """All that a run has spent, in order; or all that was spent on one data set, by many runs.
 
     Args:
@@ -56,7 +56,7 @@ class Ledger:
         path: Path | None = None,
         *,
         budget: Budget | None = None,
-        dataset: Ledger | None = None,
+        dataset: PrivacyLedger | None = None,
         identity: str = "",
     ) -> None:
         self.path, self.dataset = path, dataset
@@ -177,7 +177,7 @@ class Ledger:
         check_anchor(self.id, self._hashes, path)
 
 
-def dataset_ledger(name: str) -> Ledger | None:
+def dataset_ledger(name: str) -> PrivacyLedger | None:
     """The ledger of a data set, by the name that its users have agreed on; ``None`` for the empty name.
 
     Raises:
@@ -189,7 +189,7 @@ def dataset_ledger(name: str) -> Ledger | None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(f"a data set's name must be of letters, digits, dots, dashes and underscores, got {name!r}.")
     identity = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-    return Ledger(ledgers_folder() / f"{name}.jsonl", identity=identity)
+    return PrivacyLedger(ledgers_folder() / f"{name}.jsonl", identity=identity)
 
 
 _REMEDY = "The ledger was edited or torn; what was spent can no longer be proven, so the run is refused."

@@ -12,7 +12,7 @@ from sfl.core.algorithm import Algorithm
 from sfl.core.mechanism import Mechanism
 from sfl.core.transform import Chain, flat
 from sfl.privacy.budget import PrivacyBudget, example_report, example_statement
-from sfl.privacy.ledger import Ledger
+from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import Callback
 from sfl.server.selection import Selection
 from sfl.types import FederationConfig, Metrics, Parameters
@@ -71,7 +71,7 @@ class Job:
         """Whether there is anything to say about privacy."""
         return bool(self.mechanisms or self.caveats()) or self.program.example_budget is not None
 
-    def statement(self, ledger: Ledger, examples: Mapping[str, float]) -> list[str]:
+    def statement(self, ledger: PrivacyLedger, examples: Mapping[str, float]) -> list[str]:
         """What was spent, in words, and what is not promised.
 
         Args:
@@ -84,10 +84,10 @@ class Job:
             *(example_statement(examples, budget) if budget is not None else []),
         ]
         if self.caveats() and not (self.mechanisms or budget):
-            lines = ["privacy: no formal guarantee: filters alone choose what leaves, without noise"]
+            lines = ["privacy: no formal guarantee: filters alone choose what leaves, and add no noise"]
         return [*lines, *self.caveats()]
 
-    def privacy_report(self, ledger: Ledger, examples: Mapping[str, float]) -> dict[str, Any]:
+    def privacy_report(self, ledger: PrivacyLedger, examples: Mapping[str, float]) -> dict[str, Any]:
         """The same for ``privacy.json``."""
         report = self.accounting.report(ledger.events, ledger.earlier())
         return {

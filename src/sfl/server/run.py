@@ -29,7 +29,7 @@ from sfl.core.events import (
 from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, SERVER, SPENT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted, CompositionError, RoundError, UpdateError
-from sfl.privacy.ledger import Ledger
+from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
 from sfl.types import Metrics, Parameters, StateTree
@@ -47,7 +47,7 @@ class Hooks:
 
     observers: Sequence[Observer] = ()
     save: Callable[[ServerState], object] | None = None
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: PrivacyLedger = field(default_factory=PrivacyLedger)
 
 
 class Run:

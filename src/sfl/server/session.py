@@ -18,7 +18,7 @@ from sfl.io.environment import environment
 from sfl.io.metrics import MetricsWriter, read_metrics
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
-from sfl.privacy.ledger import Budget, Ledger, dataset_ledger
+from sfl.privacy.ledger import Budget, PrivacyLedger, dataset_ledger
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
 from sfl.server.run import said_of_examples
@@ -146,7 +146,7 @@ def _files(
             _report(out, observers)
 
 
-def _check_same_privacy(job: Job, ledger: Ledger) -> None:
+def _check_same_privacy(job: Job, ledger: PrivacyLedger) -> None:
     """A run goes on under the guarantee that it was begun with: what was spent is of that kind.
 
     Raises:
@@ -162,9 +162,9 @@ def _check_same_privacy(job: Job, ledger: Ledger) -> None:
         )
 
 
-def _ledger(job: Job, path: Path | None) -> Ledger:
+def _ledger(job: Job, path: Path | None) -> PrivacyLedger:
     limit: Budget | None = job.budget.check if job.budget is not None else None
-    return Ledger(path, budget=limit, dataset=dataset_ledger(job.accounting.dataset))
+    return PrivacyLedger(path, budget=limit, dataset=dataset_ledger(job.accounting.dataset))
 
 
 def _resumed(
