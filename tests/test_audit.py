@@ -475,3 +475,22 @@ def test_an_audit_runs_on_a_foreign_engine(backend: Any) -> None:
     assert (found.canaries, found.runs, found.rounds) == (12, 1, 2)
     assert found.correct == found.guesses  # canaries came through: without noise nobody errs
     assert found.verdict == "nothing is claimed, so there is nothing to contradict"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("doubled", "code"), [(False, 0), (True, 1)])
+def test_a_run_by_dpsgd_has_its_examples_clips_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubled: bool, code: int
+) -> None:
+    """And a trainer that takes the norm of a tied weight for that of its uses alone is found out, as is its ε."""
+    run = tmp_path / "run"
+    words = ["run", "esm2", "--num-rounds", "1", "--local-steps", "1", "--eval-proteins", "2", "--batch-size", "4"]
+    assert main([*words, "--max-length", "32", "--dpsgd", "--out", str(run), "--workers", "1"]) == 0
+    if doubled:
+        from sfl.train import factors
+
+        monkeypatch.setattr(factors, "combinations", lambda uses, count: ())  # no cross terms
+    assert main(["audit", str(run)]) == code
+    found = json.loads((run / "audit.json").read_text())["examples"]
+    assert found["holds"] is not doubled
+    assert found["checked"] == 32

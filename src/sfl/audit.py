@@ -211,6 +211,7 @@ class RecipePipeline:
             federation=self._federation,
             mechanisms=self._mechanisms,
             budget=PrivacyBudget(delta=budget.delta, accountant=budget.accountant),
+            example_budget=None,
             central=None,
             derive=dict,
             callbacks=(Watch(directions),),

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter as Flag
 
 from sfl.cli.commands import resolve_esm2
 from sfl.errors import ConfigError
-from sfl.types import FederationConfig
+from sfl.types import FederationConfig, Parameters
 
 if TYPE_CHECKING:
     from sfl.esm2.config import ESM2RunConfig
     from sfl.recipe import Recipe
 
 Simulated = Literal["sim", "flower", "flower-deploy", "nvflare", "nvflare-poc", "flower-in-nvflare"]
-Run = Annotated[Path, Parameter(help="Folder of the run, with its config.yaml; audit.json is written into it.")]
-Canaries = Annotated[int, Parameter(help="Sites with a coin each, in place of the run's. More show a larger ε.")]
-Confidence = Annotated[float, Parameter(help="Probability with which the measured bound is below the true ε.")]
-Rounds = Annotated[int | None, Parameter(help="Rounds to audit; by default as many as the run has.")]
-Engine = Annotated[Simulated, Parameter(help="What carries the audit. Engines need a process or more for each canary.")]
+Run = Annotated[Path, Flag(help="Folder of the run, with its config.yaml; audit.json is written into it.")]
+Canaries = Annotated[int, Flag(help="Sites with a coin each, in place of the run's. More show a larger ε.")]
+Confidence = Annotated[float, Flag(help="Probability with which the measured bound is below the true ε.")]
+Rounds = Annotated[int | None, Flag(help="Rounds to audit; by default as many as the run has.")]
+Engine = Annotated[Simulated, Flag(help="What carries the audit. Engines need a process or more for each canary.")]
 
 
 def audit(
@@ -42,35 +42,67 @@ def audit(
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"RUN must be the folder of a run, with its config.yaml, got {str(run)!r}.")
     config = resolve_esm2(None, run, {}).config
-    if not config.privacy.dp:
-        raise ConfigError(f"RUN must be a run with --dp to be audited, got {run}, which claims nothing.")
+    if not (config.privacy.dp or config.privacy.dpsgd):
+        raise ConfigError(
+            f"RUN must be a run with --dp or --dpsgd to be audited, got {run}, which claims nothing that can be."
+        )
+    found: dict[str, Any] = {}
+    if config.privacy.dp:
+        found |= _audit_sites(config, run, canaries=canaries, confidence=confidence, rounds=rounds, backend=backend)
+    if config.privacy.dpsgd:
+        found["examples"] = _audit_examples(config, run)
+    from sfl.io.run_folder import RunFolder
+
+    RunFolder(run).write_json("audit.json", found)
+    sys.stdout.write(f"written to {run / 'audit.json'}\n")
+    return int(bool(found.get("contradicted")) or not found.get("examples", {"holds": True})["holds"])
+
+
+def _audit_examples(config: ESM2RunConfig, run: Path) -> dict[str, Any]:
+    """What single proteins of the run's first site add to a step's sum before its noise, on the run's newest model."""
+    from sfl.esm2.model import find_model
+    from sfl.esm2.private import example_norms
+
+    norms = example_norms(config, find_model(config.client.model), _newest(run))
+    sys.stdout.write(f"examples: {norms.words}; ε itself is not measured for them\n")
+    return {**asdict(norms), "holds": norms.holds}
+
+
+def _audit_sites(
+    config: ESM2RunConfig, run: Path, *, canaries: int, confidence: float, rounds: int | None, backend: Simulated
+) -> dict[str, Any]:
+    """Canaries through the run's pipeline."""
     from sfl.audit import audit_recipe
     from sfl.env import environment
-    from sfl.io.run_folder import RunFolder
 
     recipe = _recipe(config, run, canaries, rounds)
     report = audit_recipe(recipe, environment(backend, device="cpu"), canaries=canaries, confidence=confidence)
     spent = _spent(recipe, run)
-    RunFolder(run).write_json("audit.json", {**report.to_dict(), "backend": backend, "run": spent})
     for line in report.statement():
         sys.stdout.write(f"{line}\n")
     if spent:
         sys.stdout.write(f"the run's own ledger: ε ≤ {spent['epsilon']:.3g}, over {spent['events']} noisy releases\n")
-    sys.stdout.write(f"written to {run / 'audit.json'}\n")
-    return int(report.contradicted)
+    return {**report.to_dict(), "backend": backend, "run": spent}
 
 
 def _recipe(config: ESM2RunConfig, run: Path, canaries: int, rounds: int | None) -> Recipe:
     """The run's recipe, for so many sites, from its newest model on."""
     from sfl.esm2.model import find_model
     from sfl.esm2.server import esm2_recipe
-    from sfl.io.checkpoint import Checkpoints
-    from sfl.io.run_folder import RunFolder
 
     federation = _federation(config, canaries, rounds)
     recipe = esm2_recipe(replace(config, federation=federation), find_model(config.client.model))
+    newest = _newest(run)
+    return recipe if newest is None else replace(recipe, initial_parameters=newest)
+
+
+def _newest(run: Path) -> Parameters | None:
+    """The run's newest model; ``None`` if it has not come to one."""
+    from sfl.io.checkpoint import Checkpoints
+    from sfl.io.run_folder import RunFolder
+
     state = Checkpoints(RunFolder(run).checkpoints).load_latest(lambda _: None)
-    return recipe if state is None else replace(recipe, initial_parameters=state.parameters)
+    return None if state is None else state.parameters
 
 
 def _federation(config: ESM2RunConfig, canaries: int, rounds: int | None) -> FederationConfig:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,20 @@ from sfl.core.mechanism import DpEvent
 from sfl.esm2.alphabet import PackedProteins
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.masking import MaskedBatch, mask, pad
+from sfl.esm2.model import ModelSource
 from sfl.privacy import noise
 from sfl.privacy.accountant import Method
+from sfl.privacy.audit import NormCheck, check_norm_bound
 from sfl.privacy.dpsgd import calibrate_dpsgd, dpsgd_event, poisson_batches
+from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.train.dpsgd import ExampleLosses, PrivateTrainer
+from sfl.train.module import frozen, lend_parameters, load_parameters
 from sfl.train.trainer import Outcome
+from sfl.types import Parameters
 
-__all__ = ["PrivateTraining"]
+__all__ = ["PrivateTraining", "example_norms"]
+
+_LOOKED_AT = 32  # proteins of an audit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,24 +96,44 @@ class PrivateTraining:
 
     def _samples(self, proteins: PackedProteins) -> Iterator[list[MaskedBatch]]:
         client = self.config.client
-        generator = noise.secret()
         lengths = np.minimum(proteins.lengths, client.max_length)
         physical = self.config.privacy.dpsgd_physical_batch or client.batch_size
-        drawn = poisson_batches(len(proteins), self.rate, self.steps, physical, generator, lengths=lengths)
+        drawn = poisson_batches(len(proteins), self.rate, self.steps, physical, noise.secret(), lengths=lengths)
         for sample in drawn:
-            yield [self._masked(proteins, lengths, batch, generator) for batch in sample]
+            yield list(self.masked(proteins, sample))
 
-    def _masked(
-        self,
-        proteins: PackedProteins,
-        lengths: NDArray[np.int64],
-        batch: NDArray[np.int64],
-        generator: np.random.Generator,
-    ) -> MaskedBatch:
-        starts = generator.integers(0, proteins.lengths[batch] - lengths[batch] + 1)
-        longest = self.config.client.max_length
-        crops = [proteins[int(i)][start : start + longest] for i, start in zip(batch, starts, strict=True)]
-        return mask(pad(crops), generator, apart=True)
+    def masked(self, proteins: PackedProteins, batches: Iterable[NDArray[np.int64]]) -> Iterator[MaskedBatch]:
+        """Physical batches of proteins, given by their positions, as the model is shown them."""
+        generator, longest = noise.secret(), self.config.client.max_length
+        for batch in batches:
+            spare = np.maximum(proteins.lengths[batch] - longest, 0)
+            starts = generator.integers(0, spare + 1)
+            crops = [proteins[int(i)][start : start + longest] for i, start in zip(batch, starts, strict=True)]
+            yield mask(pad(crops), generator, apart=True)
+
+
+def example_norms(config: ESM2RunConfig, model: ModelSource, parameters: Parameters | None) -> NormCheck:
+    """What single proteins of the first site add to a step's sum, before its noise, against the bound.
+
+    Args:
+        config: The run's configuration.
+        model: Its model.
+        parameters: Where it stands; ``None`` for the model as it is loaded.
+    """
+    from sfl.esm2.client import federated_data, mlm_losses, resident_model
+
+    module = resident_model(model, "cpu")
+    if parameters is not None:
+        load_parameters(module, parameters)
+    proteins = PackedProteins.pack(record.sequence for record in federated_data(config)[0].sites[0].train)
+    training = PrivateTraining.of(config, len(proteins))
+    trainer = training.trainer(mlm_losses)
+    names = chosen_layers(parse_layers(config.privacy.freeze_layers), list(lend_parameters(module)))
+    with frozen(module, names):
+        batches = islice(training.masked(proteins, [np.array([index]) for index in range(len(proteins))]), _LOOKED_AT)
+        sums = [trainer.clipped_sum(module, batch) for batch in batches]
+    values = ({name: value.cpu().numpy() for name, value in each.items()} for each in sums)
+    return check_norm_bound(values, trainer.sensitivity, mechanism="DP-SGD", slack=noise.SLACK / 2.0)
 
 
 @lru_cache(maxsize=64)

@@ -24,17 +24,19 @@ class NormCheck:
         bound: C.
         checked: How many values were looked at.
         mechanism: Whose clip it is; empty if nobody said.
+        slack: Share of the bound by which rounding may pass it.
     """
 
     largest: float
     bound: float
     checked: int
     mechanism: str = ""
+    slack: float = _ROUNDING
 
     @property
     def holds(self) -> bool:
-        """Whether no norm passed the bound, to rounding (a relative 1e-6)."""
-        return self.largest <= self.bound * (1.0 + _ROUNDING)
+        """Whether no norm passed the bound, to rounding."""
+        return self.largest <= self.bound * (1.0 + self.slack)
 
     @property
     def words(self) -> str:
@@ -47,7 +49,11 @@ class NormCheck:
 
 
 def check_norm_bound(
-    clipped: Iterable[Parameters | Mapping[str, Array]], bound: float, *, mechanism: str = ""
+    clipped: Iterable[Parameters | Mapping[str, Array]],
+    bound: float,
+    *,
+    mechanism: str = "",
+    slack: float = _ROUNDING,
 ) -> NormCheck:
     """Whether the L2 norm of each value keeps its bound, before noise.
 
@@ -64,6 +70,8 @@ def check_norm_bound(
         clipped: Named arrays, one dict for each unit.
         bound: C, positive and finite.
         mechanism: Its name, for people.
+        slack: Share of the bound by which rounding may pass it: no more than the books allow for
+            (``sfl.privacy.noise.SLACK``).
 
     Raises:
         ConfigError: If the bound is none.
@@ -83,4 +91,4 @@ def check_norm_bound(
         largest, checked = (norm if norm > largest or math.isnan(norm) else largest), checked + 1
         if math.isnan(largest):
             largest = math.inf
-    return NormCheck(largest, bound, checked, mechanism)
+    return NormCheck(largest, bound, checked, mechanism, slack)
