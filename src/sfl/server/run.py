@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sfl.core import arrays, check, sparse
-from sfl.core.aggregator import Aggregator, sum_dtype
+from sfl.core import arrays, sparse
+from sfl.core.aggregator import sum_dtype
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -28,10 +28,11 @@ from sfl.core.events import (
 )
 from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, SERVER, SPENT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
-from sfl.errors import BudgetExhausted, CompositionError, RoundError, UpdateError
+from sfl.errors import BudgetExhausted, CompositionError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
+from sfl.server.replies import MetricsMean, aggregated, screened
 from sfl.types import Metrics, Parameters, StateTree
 
 
@@ -335,71 +336,3 @@ def said_of_examples(state: ServerState | None) -> dict[str, float]:
 
 def _zeros(parameters: Parameters) -> Parameters:
     return {name: np.zeros(value.shape, sum_dtype(value)) for name, value in parameters.items()}
-
-
-def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
-    """The server's own look: nothing that breaks the contract reaches an aggregator, whoever sent it.
-
-    Args:
-        reply: What arrived.
-        task: What it answers.
-        expected: What an update of it may hold.
-    """
-    update = reply.update
-    if reply.status is not Status.USED:
-        return replace(reply, update=None)
-    try:
-        if update is None or update.site != reply.site:
-            raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
-        if task.name == FIT and sparse.is_packed(
-            update.delta
-        ):  # a wire leaves zeros out, and only here is known what size an array may have
-            update = replace(update, delta=sparse.unpacked(update.delta, expected))
-            reply = replace(reply, update=update)
-        if task.name in (FIT, EVALUATE):
-            check.check_update(update, expected, known_finite=reply.known_finite)
-        else:  # a task of a workflow's own answers with what arrays it likes
-            check.check_arrays(update)
-        check.check_metrics(update.site, update.metrics)
-    except UpdateError as error:
-        return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds)
-    return reply
-
-
-def _whose(update: Update | None) -> str:
-    return "none" if update is None else f"that of {update.site!r}"
-
-
-def aggregated(aggregator: Aggregator, updates: Iterable[Update]) -> Update:
-    """The aggregate; an aggregator that looks at individuals is given copies that it may keep."""
-    if aggregator.needs == "individual":
-        updates = [replace(update, delta=arrays.copy(update.delta)) for update in updates]
-    return aggregator.aggregate(updates)
-
-
-class MetricsMean:
-    """Weighted mean of what the used sites reported; a figure that a site left out counts only where it is."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._weights: defaultdict[str, float] = defaultdict(float)
-        self._largest: Metrics = {}  # no mean says what an ε is: that of the site that is worst off does
-
-    def watch(self, updates: Iterable[Update]) -> Iterator[Update]:
-        """Pass updates on, and look at each."""
-        for update in updates:
-            self.count += 1
-            if EXAMPLE_EPSILON in update.metrics:
-                self._largest[EXAMPLE_EPSILON] = max(
-                    self._largest.get(EXAMPLE_EPSILON, 0.0), update.metrics[EXAMPLE_EPSILON]
-                )
-            for name, value in update.metrics.items():
-                self._sums[name] += update.weight * value
-                self._weights[name] += update.weight
-            yield update
-            del update
-
-    def result(self) -> Metrics:
-        """The means."""
-        return {name: total / self._weights[name] for name, total in self._sums.items()} | self._largest

@@ -19,7 +19,8 @@ from sfl.core.algorithm import ServerState
 from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.base import late, owned
 from sfl.errors import ConfigError
-from sfl.server.run import MetricsMean, Run, aggregated, screened
+from sfl.server.replies import MetricsMean, aggregated, screened
+from sfl.server.run import Run
 from sfl.server.strategy import step
 from sfl.types import Config, Parameters, Scalar
 
