@@ -35,10 +35,10 @@ TARGETS = {"nvflare": 0.25, "flower": 1.0, "nvflare-poc": 1.0, "flower-deploy": 
 class Nothing(BaseFederatedClient):
     """Adds one."""
 
-    def compute_update(self, parameters, config):  # noqa: ARG002
+    def compute_update(self, parameters, config):
         return {name: value + 1.0 for name, value in parameters.items()}, 1, {}
 
-    def evaluate(self, parameters, config):  # noqa: ARG002
+    def evaluate(self, parameters, config):
         return float(parameters["w"].sum()), 1, {}
 
 

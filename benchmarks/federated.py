@@ -36,7 +36,7 @@ class Classifier(BaseFederatedClient):
         self.job.train(module, self.shard, work.local_seed(config["round"], self.client_id))
         return lend_parameters(module), len(self.shard), {}
 
-    def evaluate(self, parameters, config):  # noqa: ARG002
+    def evaluate(self, parameters, config):
         module = resident(self.job, self.job.module)
         load_parameters(module, parameters)
         loss, accuracy = self.job.evaluate(module, self.shard)
@@ -52,7 +52,7 @@ class LargeClient(BaseFederatedClient):
         super().__init__(**identity)
         self.width = width
 
-    def compute_update(self, parameters, config):  # noqa: ARG002
+    def compute_update(self, parameters, config):
         module = resident_large(self.width)
         load_parameters(module, parameters)
         module.work(self.client_id)
@@ -69,7 +69,7 @@ def resident_large(width: int) -> work.Large:
 class LargeNumpyClient(BaseFederatedClient):
     """Returns new arrays and keeps none."""
 
-    def compute_update(self, parameters, config):  # noqa: ARG002
+    def compute_update(self, parameters, config):
         step = np.float32(work.STEP * (self.client_id + 1))
         return {name: value + step for name, value in parameters.items()}, work.large_weight(self.client_id), {}
 

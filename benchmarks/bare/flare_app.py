@@ -47,7 +47,7 @@ class BareController(Controller):
 
 
 class BareExecutor(Executor):
-    def execute(self, task_name, shareable, fl_ctx, abort_signal):  # noqa: ARG002
+    def execute(self, task_name, shareable, fl_ctx, abort_signal):
         reply = Shareable()
         reply["value"] = shareable["value"] + 1.0
         return reply
