@@ -468,7 +468,14 @@ def test_the_command_audits_a_real_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["flower"])
-def test_an_audit_runs_on_a_foreign_engine(backend: Any) -> None:
+def test_an_audit_runs_on_a_foreign_engine(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Even:
+        """Half of the coins fall on heads, so that who guesses half of them in can be right about all."""
+
+        def integers(self, low: int, high: int, size: Any = None) -> Any:
+            return 7 if size is None else np.resize([0, 1], size)
+
+    monkeypatch.setattr("sfl.privacy.audit.auditor.secret", Even)
     small = recipe(13, 2, dp_noise=3.0)
     silent = replace(small, mechanisms=(GaussianMechanism(clip_norm=1.0, noise_multiplier=0.0),))
     found = audit_recipe(silent, environment(backend), canaries=12)

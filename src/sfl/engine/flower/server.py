@@ -21,7 +21,7 @@ from sfl.engine.wire import pack_task, read_answer
 from sfl.errors import EngineError
 
 _log = logging.getLogger(__name__)
-_HELLO_SECONDS, _PATIENT = 10.0, 60.0  # that a node gets to say who it is; Flower's own looks for messages every 3 s
+_HELLO_SECONDS, _PATIENT = 10.0, 60.0  # between two looks for new nodes; that a node gets to say who it is
 _POLL = (0.005, 0.05)  # seconds between two looks for replies: at first, and at most
 _TYPES = {FIT: MessageType.TRAIN, EVALUATE: MessageType.EVALUATE}
 MessageId: TypeAlias = str
@@ -67,6 +67,7 @@ class FlowerEngine(Engine):
         self._ids = {} if isinstance(planned, int) else {name: index for index, name in enumerate(planned)}
         self._nodes: dict[int, str] = {}  # node to site; empty for a node that is none of ours
         self._refusals: dict[int, str] = {}
+        self._asked: dict[MessageId, tuple[int, float]] = {}  # nodes that have not said who they are, and since when
         self._last, self._life = 0, secrets.token_hex(8)
         self._open: dict[MessageId, Errand] = {}  # at their sites
         self._behind: deque[Errand] = deque()  # each waits until its site has answered what was sent before
@@ -181,16 +182,31 @@ class FlowerEngine(Engine):
             time.sleep(_POLL[1])
 
     def _meet(self, nodes: set[int]) -> None:
-        """Ask nodes that are new for the name of their site, and forget those that have left."""
+        """Ask nodes that are new for the name of their site, and forget those that have left.
+
+        A question stays open past the time that is waited for its answer: each starts a process at its node, and on a
+        busy machine asking again and again would keep all of them from answering.
+        """
         self._nodes = {node: site for node, site in self._nodes.items() if node in nodes}
-        new = nodes - self._nodes.keys()
-        if not new:
-            return
-        for node, message in self._ask({"hello": 1}, sorted(new), _PATIENT if self._dismiss else _HELLO_SECONDS):
-            if message.has_error():  # it is asked again with the next look
-                self._refusals[node] = message.error.reason or f"error {message.error.code}"
-            else:
-                self._nodes[node] = _site_name(message)
+        now = time.monotonic()
+        self._asked = {
+            sent: (node, when) for sent, (node, when) in self._asked.items() if node in nodes and now - when < _PATIENT
+        }
+        new = sorted(nodes - self._nodes.keys() - {node for node, _ in self._asked.values()})
+        if new:
+            content = pack(json.dumps({"hello": 1}), {})
+            sent = self._grid.push_messages([Message(content, node, MessageType.QUERY) for node in new])
+            self._asked |= {message: (node, now) for message, node in zip(sent, new, strict=True)}
+        pause = _Pause(_HELLO_SECONDS)
+        while self._asked:
+            for message in self._grid.pull_messages(list(self._asked)):
+                node, _ = self._asked.pop(message.metadata.reply_to_message_id, (None, 0.0))
+                if node is not None and message.has_error():  # it is asked again with the next look
+                    self._refusals[node] = message.error.reason or f"error {message.error.code}"
+                elif node is not None:
+                    self._nodes[node] = _site_name(message)
+            if self._asked and not pause.wait():
+                return
 
     def _ask(self, text: Mapping[str, int], nodes: Sequence[int], seconds: float) -> Iterator[tuple[int, Message]]:
         """Ask nodes something that is no task; what they answer in time."""
