@@ -30,6 +30,7 @@ from sfl.errors import ConfigError, EngineError, MissingExtraError, RoundError
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.model import BUNDLED, find_model
 from sfl.esm2.server import esm2_recipe
+from sfl.privacy.filters import ErrorFeedback, TopK
 from sfl.recipe import FedAvgRecipe, Recipe, RunResult, WorkflowRecipe
 from sfl.server.app import sum_recipe
 from sfl.server.callbacks import EarlyStopping
@@ -47,6 +48,7 @@ def remembers(*, fails: tuple[tuple[int, int], ...] = (), rounds: int = 2) -> Fe
         name="remembers",
         client=clients.Remembers,
         client_kwargs={"fails": fails},
+        transforms=(ErrorFeedback(TopK(0.5)),),  # a filter remembers, too, and what it leaves out does not travel
         initial_parameters=clients.many_kinds,
         federation=FederationConfig(num_clients=3, num_rounds=rounds, min_available_clients=1),
     )

@@ -17,6 +17,7 @@ from sfl.core.mechanism import DpEvent
 from sfl.core.task import EXAMPLE_EPSILON, Status
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, LedgerError, RoundError
+from sfl.io.console import console_observer
 from sfl.privacy.accountant import PrivacyAccountant
 from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.config import PrivacyConfig
@@ -157,6 +158,12 @@ def test_two_units_stand_side_by_side() -> None:
     said = notices(events)
     assert "for each site" in said
     assert "for each example of a site" in said
+
+
+def test_the_rounds_line_says_what_was_spent(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_observer("simple", False) as console:
+        recipe(rounds=1).execute(observers=(console,))
+    assert f"ε {spent(0.02, 10):.3g} for each example so far" in capsys.readouterr().err
 
 
 def test_what_breaks_the_promise_is_refused() -> None:

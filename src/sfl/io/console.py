@@ -23,7 +23,7 @@ from sfl.core.events import (
     SiteLogged,
     StageStarted,
 )
-from sfl.core.task import Status
+from sfl.core.task import EXAMPLE_EPSILON, Status
 from sfl.errors import ConfigError
 from sfl.io.jsonable import dump_line, to_jsonable
 from sfl.io.summary import Summary
@@ -250,7 +250,9 @@ class _Screen(_Closing):
         nbytes = self._run.nbytes if self._run is not None else 0
         if event.round == 0:
             return took
-        return f"{outcomes(event.sites)} · {took} · {traffic_words(event, nbytes)}"
+        spent = event.fit.get(EXAMPLE_EPSILON)
+        words = "" if spent is None else f" · ε {spent:.3g} for each example so far"
+        return f"{outcomes(event.sites)} · {took} · {traffic_words(event, nbytes)}{words}"
 
     def _finish(self, event: RunFinished) -> None:
         self.close()
