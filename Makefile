@@ -9,8 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 WORKERS ?= 2
-# Most of the whole suite waits for engines that poll: twice as many workers as cores keep the cores busy.
-TEST_WORKERS ?= 4
+# Much of the whole suite waits for engines that poll: more workers than cores keep the cores busy.
+TEST_WORKERS ?= 3
 # The newest Flower whose own pins can be installed; NVIDIA FLARE and what it pins are left out beside it.
 FLOWER := 1.41.0
 FLOWER_VENV := .venv-flower-latest

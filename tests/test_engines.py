@@ -40,7 +40,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples" / "client_api"
 SIMULATORS = [FlowerSimEnv, FlareSimEnv]
 DEPLOYMENTS = [FlowerEnv, PocEnv]
 Env = Callable[..., RemoteEnv]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def remembers(*, fails: tuple[tuple[int, int], ...] = (), rounds: int = 2) -> FedAvgRecipe:

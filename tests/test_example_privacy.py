@@ -163,7 +163,7 @@ def test_two_units_stand_side_by_side() -> None:
 def test_the_rounds_line_says_what_was_spent(capsys: pytest.CaptureFixture[str]) -> None:
     with console_observer("simple", False) as console:
         recipe(rounds=1).execute(observers=(console,))
-    assert f"ε {spent(0.02, 10):.3g} for each example so far" in capsys.readouterr().err
+    assert f"ε {spent(0.02, 10):.3g} for each example so far" in capsys.readouterr().out
 
 
 def test_what_breaks_the_promise_is_refused() -> None:
