@@ -30,7 +30,7 @@ from sfl.recipe import FedAvgRecipe
 from sfl.types import FederationConfig
 from test_engines import remembers
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 BIN = Path(sys.executable).parent
 SOURCE = str(Path(sfl.__file__).parents[1])  # and none of the user's own modules
 SITES = {"hospital-a": "site='hospital-a'", "hospital-b": "site='hospital-b'"}

@@ -21,7 +21,7 @@ from sfl.engine.flower.keys import make_node_keys
 from sfl.env import FlowerEnv
 from test_engines import remembers, temporary
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FLWR = str(Path(sys.executable).with_name("flwr"))
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1"}
 
