@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -582,8 +583,12 @@ flare.send(flare.FLModel(params=model.params))
 """
     before = sys.modules["__main__"]
     subject = site(write(tmp_path, looping(body)), close_timeout=0.1)
-    with pytest.raises(KeyboardInterrupt):
-        fit(subject)
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interrupts
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fit(subject)
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert sys.modules["__main__"] is before
 
 

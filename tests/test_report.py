@@ -189,6 +189,26 @@ def test_a_missing_extra_names_its_command(
         write_report(folder)
 
 
+def test_epsilon_over_the_rounds_and_of_each_sites_examples(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, [finished(0)])
+    spent = [
+        {"round": round, "unit": "site", "adversary": "server_trusted", "epsilon": 0.5 * round} for round in (1, 2, 3)
+    ]
+    privacy = {
+        "statement": ["privacy: ε = 1.5 at δ = 1e-05 for each site"],
+        "over_rounds": [*spent, {"round": 3, "unit": "site", "adversary": "server_curious", "epsilon": None}],
+        "budget": {"max_epsilon": 2.0, "delta": 1e-5},
+        "examples": {"sites": {"site-1": 3.25, "site-2": None}, "budget": {"max_epsilon": 4.0, "delta": 1e-6}},
+    }
+    (folder / "privacy.json").write_text(json.dumps(privacy))
+    text = page(folder)
+    assert "chart-epsilon" in text
+    assert "each site, server trusted" in text
+    assert "server curious" not in text
+    assert "3.250" in text
+    assert "no formal guarantee" in text
+
+
 def test_what_differential_privacy_promises_is_said_in_words(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, [finished(0)])
     statement = ["privacy: ε = 8 at δ = 1e-05 for each site", "hidden: whether any one site took part"]
