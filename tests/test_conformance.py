@@ -18,6 +18,7 @@ from sfl.core.aggregator import Aggregator, Sum, WeightedMean
 from sfl.core.task import SERVER, Update
 from sfl.core.transform import Chain, Divide, Transform, chain
 from sfl.errors import RoundError, SflError
+from sfl.privacy.clip import Clip
 from sfl.privacy.filters import (
     ErrorFeedback,
     ExcludeLayers,
@@ -153,6 +154,8 @@ TRANSFORMS: dict[str, TransformCase] = {
     "sparse vector": TransformCase(
         make=lambda: chain(SPARSE.clip(), SPARSE.noise()), not_finite="raises", secret=True, zero_stays=False
     ),
+    "clip": TransformCase(make=lambda: Clip(1.5), not_finite="passes", bound=1.5, dtypes=("f2", "f4", "f8", "i8")),
+    "clip per layer": TransformCase(make=lambda: Clip(1.5, per_layer=True), not_finite="passes", bound=1.5),
     "clamp": TransformCase(make=PRIVATE.clip, not_finite="raises", bound=2.0 * 46**0.5),
     "chain": TransformCase(make=lambda: chain(Thin(), Halve(), Drop(), Bound()), not_finite="raises", bound=1.0),
 }

@@ -523,6 +523,7 @@ def test_evaluation_is_the_trainers() -> None:
 def test_opacus_agrees_on_untied_weights() -> None:
     """An implementation that shares no code: its per-example gradients, clipped and summed by hand."""
     import opacus
+
     module, batch = esm(False), proteins()
     module.esm.contact_head.requires_grad_(False)
     ours = trainer(inner_esm, clip_norm=0.5).clipped_sum(module, batch)

@@ -396,3 +396,13 @@ def test_whole_numbers_are_noised_on_their_site_and_come_back_as_whole_numbers(m
     result, _ = run(options, federation=FederationConfig(num_clients=3, num_rounds=2, min_available_clients=3))
     assert result.state.round == 2
     assert result.parameters["norm.num_batches_tracked"].dtype == np.int64
+
+
+def test_under_noise_on_the_sum_nothing_of_a_single_update_is_told() -> None:
+    result, events = run(PrivacyConfig(dp=True, dp_noise=4.0, compress=0.01, percentile_privacy=50.0))
+    fits = [event for event in events if isinstance(event, SiteFinished) and event.stage == "fit"]
+    assert all(event.metrics == {} for event in fits)
+    assert len({event.nbytes for event in fits}) == 1
+    assert result.rounds[-1].fit == {}
+    alone, _ = run(PrivacyConfig(svt_privacy=True))
+    assert "svt_acceptance_rate" in alone.rounds[-1].fit, "what is private by itself may be told"

@@ -33,7 +33,7 @@ class Clip(Stateless):
     |---|---|
     | a zero delta | the same |
     | a norm below the bound | the same, bit for bit |
-    | NaN or inf | never arrives: a site's own check refuses it |
+    | NaN or inf | NaN: a site's own check has refused it before, and the server does |
     | no arrays | the same |
     | half-precision floats | computed in float64, rounded toward the bound |
     """
@@ -64,14 +64,15 @@ def _clipped(delta: Parameters, bound: float) -> Parameters:
     if norm <= bound:
         return delta
     factor = bound / norm * _MARGIN
-    return {name: _scaled(value, factor) for name, value in delta.items()}
+    with np.errstate(invalid="ignore"):  # inf becomes NaN, which no server takes
+        return {name: _scaled(value, factor) for name, value in delta.items()}
 
 
 def _scaled(value: Array, factor: float) -> Array:
     """``value * factor``, computed in float64 and never larger than that in its own dtype."""
-    exact = value.astype(np.float64) * factor
+    exact = np.asarray(value.astype(np.float64) * factor)  # of no dimensions it would be no array
     if value.dtype.kind != "f":
-        return np.trunc(exact).astype(value.dtype)
+        return np.asarray(np.trunc(exact), dtype=value.dtype)
     cast = exact.astype(value.dtype)
     larger = np.abs(cast.astype(np.float64)) > np.abs(exact)
     return np.where(larger, np.nextafter(cast, np.zeros((), value.dtype)), cast).astype(value.dtype)

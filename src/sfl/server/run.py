@@ -200,10 +200,17 @@ class Run:
                 yield reply.update
             del reply  # what it holds is let go before the next site works
 
+    @property
+    def _hides_updates(self) -> bool:
+        """Whether single updates are protected by noise on their sum alone: then nothing that follows from one of them,
+        such as how many of its coordinates are not zero, may stand among the figures.
+        """
+        return any(mechanism.on_sum for mechanism in self.job.mechanisms)
+
     def _with_figures(self, reply: Reply, task: Task) -> Reply:
         """What the chain's transforms say of an update that arrived, among the site's figures."""
         update = reply.update
-        if update is None or task.name != FIT:
+        if update is None or task.name != FIT or self._hides_updates:
             return reply
         figures = self.job.program.chain.figures(update)
         return replace(reply, update=replace(update, metrics={**update.metrics, **figures})) if figures else reply
@@ -217,7 +224,8 @@ class Run:
     def record(self, task: Task, reply: Reply) -> None:
         """Note and say how a planned site ended a task."""
         update = reply.update
-        filtered = bool(self.job.program.chain.transforms)  # only what a filter made has zeros that do not travel
+        # only what a filter made has zeros that do not travel
+        filtered = bool(self.job.program.chain.transforms) and not self._hides_updates
         nbytes = 0 if update is None else (sparse.nbytes if filtered else arrays.nbytes)(update.delta)
         self.received += nbytes
         if reply.logs:
