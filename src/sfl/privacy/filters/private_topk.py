@@ -7,12 +7,11 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from sfl.core.mechanism import DpEvent, Mechanism, Placement
 from sfl.core.task import Update
 from sfl.core.transform import Stateless, Transform
 from sfl.errors import ConfigError
 from sfl.privacy.filters.flat import flat, is_share, kept_count, largest, unflat
-from sfl.privacy.filters.values import SELECTION_SHARE, Clamp, check_private, laplace_release, pure_event
+from sfl.privacy.filters.values import SELECTION_SHARE, Selection, laplace_release
 from sfl.privacy.noise import secret
 from sfl.types import Metrics
 
@@ -21,7 +20,7 @@ __all__ = ["PrivateTopK"]
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrivateTopK(Mechanism):
+class PrivateTopK(Selection):
     """A fixed number k of coordinates, chosen by the exponential mechanism, released with Laplace noise.
 
     Coordinates are clamped to [-γ, γ]. A third of ε chooses: k draws without replacement by the exponential mechanism
@@ -44,31 +43,18 @@ class PrivateTopK(Mechanism):
         gamma: γ.
     """
 
-    epsilon: float
+    name: ClassVar[str] = "private top-k"
+
     share: float
-    gamma: float
 
     def __post_init__(self) -> None:
-        check_private(self.epsilon, self.gamma)
+        Selection.__post_init__(self)
         if not is_share(self.share):
             raise ConfigError(f"share must be in (0, 1], got {self.share}.")
-
-    @property
-    def placement(self) -> Placement:
-        """On the site."""
-        return "local"
-
-    def clip(self) -> Transform:
-        """Each coordinate to [-γ, γ]."""
-        return Clamp(self.gamma)
 
     def noise(self) -> Transform:
         """Choice and values."""
         return _Choose(self)
-
-    def event(self, cohort: int, population: int) -> DpEvent:  # noqa: ARG002 - what a site releases is its own
-        """ε, for each site that takes part."""
-        return pure_event("private top-k", self.epsilon)
 
 
 @final

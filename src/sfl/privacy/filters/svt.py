@@ -8,12 +8,11 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from sfl.core.mechanism import DpEvent, Mechanism, Placement
 from sfl.core.task import Update
 from sfl.core.transform import Transform
 from sfl.errors import ConfigError
 from sfl.privacy.filters.flat import flat, unflat
-from sfl.privacy.filters.values import SELECTION_SHARE, Clamp, check_private, laplace_release, pure_event
+from sfl.privacy.filters.values import SELECTION_SHARE, Selection, laplace_release
 from sfl.privacy.noise import secret
 from sfl.types import Array, Metrics, Parameters, StateTree
 
@@ -57,7 +56,7 @@ def above_threshold(
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SparseVector(Mechanism):
+class SparseVector(Selection):
     """At most c coordinates, those found above a threshold, released with Laplace noise.
 
     Coordinates are clamped to [-γ, γ], and asked for their sizes in an order drawn by public randomness. A third of ε
@@ -79,34 +78,21 @@ class SparseVector(Mechanism):
         gamma: γ.
     """
 
-    epsilon: float
+    name: ClassVar[str] = "sparse vector"
+
     count: int
     threshold: float
-    gamma: float
 
     def __post_init__(self) -> None:
-        check_private(self.epsilon, self.gamma)
+        Selection.__post_init__(self)
         if self.count < 1:
             raise ConfigError(f"count must be at least 1, got {self.count}.")
         if not (math.isfinite(self.threshold) and self.threshold >= 0.0):
             raise ConfigError(f"threshold must be 0 or more and finite, got {self.threshold}.")
 
-    @property
-    def placement(self) -> Placement:
-        """On the site."""
-        return "local"
-
-    def clip(self) -> Transform:
-        """Each coordinate to [-γ, γ]."""
-        return Clamp(self.gamma)
-
     def noise(self) -> Transform:
         """Search and release."""
         return _Search(self)
-
-    def event(self, cohort: int, population: int) -> DpEvent:  # noqa: ARG002 - what a site releases is its own
-        """ε, for each site that takes part."""
-        return pure_event("sparse vector", self.epsilon)
 
 
 @final

@@ -8,15 +8,15 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from sfl.core.mechanism import DpEvent
+from sfl.core.mechanism import DpEvent, Mechanism, Placement
 from sfl.core.task import Update
-from sfl.core.transform import Stateless
+from sfl.core.transform import Stateless, Transform
 from sfl.errors import ConfigError
 from sfl.privacy.filters.flat import flat, refuse_not_finite, unflat
 from sfl.privacy.noise import SLACK, add_multiples, grid_of
 from sfl.types import Array
 
-__all__ = ["Clamp", "check_private", "laplace_release", "pure_event"]
+__all__ = ["Clamp", "Selection", "laplace_release"]
 
 SELECTION_SHARE = 1.0 / 3.0
 """Of a selection's ε, what choosing the coordinates costs; the rest is for their values."""
@@ -52,26 +52,43 @@ def laplace_release(values: Array, count: int, gamma: float, epsilon: float, gen
     return out
 
 
-def pure_event(mechanism: str, epsilon: float) -> DpEvent:
-    """What one release of a site's own costs: ε, for what its data are, whoever sees it."""
-    return DpEvent(
-        mechanism=mechanism,
-        noise_multiplier=0.0,
-        sampling_rate=1.0,
-        unit="site",
-        adjacency="replace_one",
-        adversary="server_curious",
-        sampling="none",
-        epsilon=epsilon,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection(Mechanism):
+    """What every private selection of a site's own is: clamped coordinates, an ε of each update, no assumption.
 
-
-def check_private(epsilon: float, gamma: float) -> None:
-    """Both must be positive and finite.
-
-    Raises:
-        ConfigError: If not.
+    Attributes:
+        epsilon: ε of each update.
+        gamma: γ, the largest size of a coordinate.
     """
-    for name, value in (("epsilon", epsilon), ("gamma", gamma)):
-        if not (math.isfinite(value) and value > 0.0):
-            raise ConfigError(f"{name} must be positive and finite, got {value}.")
+
+    name: ClassVar[str]
+
+    epsilon: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("epsilon", self.epsilon), ("gamma", self.gamma)):
+            if not (math.isfinite(value) and value > 0.0):
+                raise ConfigError(f"{name} must be positive and finite, got {value}.")
+
+    @property
+    def placement(self) -> Placement:
+        """On the site."""
+        return "local"
+
+    def clip(self) -> Transform:
+        """Each coordinate to [-γ, γ]."""
+        return Clamp(self.gamma)
+
+    def event(self, cohort: int, population: int) -> DpEvent:  # noqa: ARG002 - what a site releases is its own
+        """ε, for what the data of each site that takes part are, whoever sees it."""
+        return DpEvent(
+            mechanism=self.name,
+            noise_multiplier=0.0,
+            sampling_rate=1.0,
+            unit="site",
+            adjacency="replace_one",
+            adversary="server_curious",
+            sampling="none",
+            epsilon=self.epsilon,
+        )
