@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from sfl.core.mechanism import DpEvent
-from sfl.esm2.alphabet import PackedProteins
+from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.masking import MaskedBatch, mask, pad
 from sfl.esm2.model import ModelSource
@@ -25,10 +27,13 @@ from sfl.privacy.dpsgd import calibrate_dpsgd, dpsgd_event, poisson_batches
 from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.train.dpsgd import ExampleLosses, PrivateTrainer
 from sfl.train.module import frozen, lend_parameters, load_parameters
-from sfl.train.trainer import Outcome
+from sfl.train.trainer import BatchLoss, Outcome
 from sfl.types import Parameters
 
-__all__ = ["PrivateTraining", "example_norms"]
+if TYPE_CHECKING:
+    from transformers import EsmForMaskedLM
+
+__all__ = ["PrivateTraining", "example_norms", "mlm_losses"]
 
 _LOOKED_AT = 32  # proteins of an audit
 
@@ -71,11 +76,11 @@ class PrivateTraining:
         """What a round costs each protein."""
         return dpsgd_event(self.noise_multiplier, self.rate, self.steps)
 
-    def trainer(self, losses: Callable[[nn.Module, MaskedBatch], ExampleLosses]) -> PrivateTrainer[MaskedBatch]:
+    def trainer(self) -> PrivateTrainer[MaskedBatch]:
         """The trainer of this site."""
         client, privacy = self.config.client, self.config.privacy
         return PrivateTrainer(
-            losses=losses,
+            losses=mlm_losses,
             size=len,
             learning_rate=client.learning_rate,
             clip_norm=privacy.dpsgd_clip,
@@ -85,14 +90,9 @@ class PrivateTraining:
             autoclip=privacy.dpsgd_autoclip,
         )
 
-    def fit(
-        self,
-        module: nn.Module,
-        proteins: PackedProteins,
-        losses: Callable[[nn.Module, MaskedBatch], ExampleLosses],
-    ) -> Outcome:
+    def fit(self, module: nn.Module, proteins: PackedProteins) -> Outcome:
         """One round's steps, in place."""
-        return self.trainer(losses).fit(module, self._samples(proteins), secrets.randbits(63))
+        return self.trainer().fit(module, self._samples(proteins), secrets.randbits(63))
 
     def _samples(self, proteins: PackedProteins) -> Iterator[list[MaskedBatch]]:
         client = self.config.client
@@ -112,6 +112,29 @@ class PrivateTraining:
             yield mask(pad(crops), generator, apart=True)
 
 
+def mlm_losses(module: nn.Module, batch: MaskedBatch) -> ExampleLosses:
+    """Each protein's mean cross-entropy over its own selected residues; 0 for a protein without any.
+
+    The head runs on the selected positions alone, padded to the protein with most of them, so that each keeps a row.
+    """
+    model = cast("EsmForMaskedLM", module)
+    device = model.lm_head.bias.device
+    ids = torch.from_numpy(batch.ids).to(device)
+    attention = (ids != PAD).long() if batch.padded else torch.ones_like(ids)
+    hidden = model.esm(ids, attention_mask=attention).last_hidden_state
+    counts = batch.selected.sum(1)
+    first = np.argsort(~batch.selected, axis=1, kind="stable")[:, : max(int(counts.max()), 1)]
+    chosen = torch.from_numpy(np.arange(first.shape[1]) < counts[:, None]).to(device)
+    places = torch.from_numpy(first).to(device)[:, :, None].expand(-1, -1, hidden.shape[2])
+    logits = model.lm_head(hidden.gather(1, places)).float()
+    targets = torch.full(chosen.shape, -100, device=device)
+    targets[chosen] = torch.from_numpy(batch.targets).to(device)
+    each = nn.functional.cross_entropy(logits.mT, targets, reduction="none", ignore_index=-100)
+    losses = each.sum(1) / chosen.sum(1).clamp(min=1)
+    correct = (logits.argmax(-1) == targets).sum()
+    return ExampleLosses(losses, BatchLoss(each.sum(), len(batch.targets), correct))
+
+
 def example_norms(config: ESM2RunConfig, model: ModelSource, parameters: Parameters | None) -> NormCheck:
     """What single proteins of the first site add to a step's sum, before its noise, against the bound.
 
@@ -120,14 +143,14 @@ def example_norms(config: ESM2RunConfig, model: ModelSource, parameters: Paramet
         model: Its model.
         parameters: Where it stands; ``None`` for the model as it is loaded.
     """
-    from sfl.esm2.client import federated_data, mlm_losses, resident_model
+    from sfl.esm2.client import federated_data, resident_model
 
     module = resident_model(model, "cpu")
     if parameters is not None:
         load_parameters(module, parameters)
     proteins = PackedProteins.pack(record.sequence for record in federated_data(config)[0].sites[0].train)
     training = PrivateTraining.of(config, len(proteins))
-    trainer = training.trainer(mlm_losses)
+    trainer = training.trainer()
     names = chosen_layers(parse_layers(config.privacy.freeze_layers), list(lend_parameters(module)))
     with frozen(module, names):
         batches = islice(training.masked(proteins, [np.array([index]) for index in range(len(proteins))]), _LOOKED_AT)
