@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,10 +12,12 @@ import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.core import arrays
+from sfl.core.aggregator import WeightedMean
 from sfl.core.events import Event, RoundFinished, SiteFinished
 from sfl.core.mechanism import DpEvent, Mechanism
-from sfl.core.task import Status, Update
+from sfl.core.task import Status, Task, Update
 from sfl.core.transform import Transform
+from sfl.errors import CompositionError
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters, StateTree
 
 
@@ -357,6 +360,23 @@ class TestMechanism(Mechanism):
             adversary="server_trusted",
             sampling="none",
         )
+
+
+class Remembers(WeightedMean):
+    """Half of what it gave the round before, and the mean: an aggregator with a memory. It needs two sites."""
+
+    def require(self, cohort: int) -> None:
+        if cohort < 2:
+            raise CompositionError(f"Remembers must have rounds of 2 sites, got {cohort}. Plan more.")
+
+    def init(self, parameters: Parameters) -> StateTree:
+        return {"given": arrays.zeros_like(parameters), "sent": 0.0}
+
+    def step(self, updates: Iterable[Update], task: Task, state: Any) -> tuple[Update, StateTree]:
+        mean = self.aggregate(updates)
+        given = {name: value + 0.5 * state["given"][name] for name, value in mean.delta.items()}
+        sent = state["sent"] + float(task.parameters["f8"].sum())
+        return replace(mean, delta=arrays.copy(given)), {"given": {**state["given"], **given}, "sent": sent}
 
 
 class Recorder:

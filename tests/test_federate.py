@@ -17,7 +17,7 @@ from sfl.core.task import EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
 from sfl.engine.local import LocalEngine
 from sfl.env import SimEnv
-from sfl.errors import RoundError
+from sfl.errors import CompositionError, RoundError
 from sfl.recipe import FedAvgRecipe, RunResult, SumRecipe
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
@@ -253,6 +253,19 @@ def test_an_aggregators_own_refusal_keeps_its_words() -> None:
 
     with pytest.raises(RoundError, match="trimming 2 of each side"):
         run(clients.Base, aggregator=Picky())
+
+
+def test_an_aggregator_that_remembers_is_handed_what_it_remembered() -> None:
+    first, _ = run(clients.Base, rounds=1, aggregator=clients.Remembers(), start={"f8": np.zeros(2)})
+    third, _ = run(clients.Base, rounds=3, aggregator=clients.Remembers(), start={"f8": np.zeros(2)})
+    assert first.parameters["f8"].tolist() == [1.0, 1.0]
+    assert third.parameters["f8"].tolist() == [4.25, 4.25]  # 1 + 1.5 + 1.75
+    assert third.state.aggregator["sent"] == 2 * (0.0 + 1.0 + 2.5)
+
+
+def test_an_aggregator_says_before_the_run_that_rounds_are_too_small() -> None:
+    with pytest.raises(CompositionError, match="rounds of 2 sites, got 1"):
+        run(clients.Base, sites=1, aggregator=clients.Remembers(), start={"f8": np.zeros(2)})
 
 
 # What clients share

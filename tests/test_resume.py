@@ -36,6 +36,7 @@ def recipe(rounds: int = ROUNDS, client: Any = clients.Wanderer, **federation: A
         name="test",
         client=client,
         initial_parameters=clients.many_dtypes,
+        aggregator=clients.Remembers(),
         transforms=(clients.ErrorFeedback(), clients.DropNames("f4", "f8", "i8", "scalar")),
         federation=FederationConfig(num_clients=4, num_rounds=rounds, fraction_fit=0.5, seed=11, **federation),
         central=lambda parameters: {"loss": float(parameters["f8"].sum())},

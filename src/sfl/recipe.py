@@ -126,6 +126,7 @@ class Recipe(ABC):
         if self.example_budget is not None:
             self.example_budget.make_accountant().require()
             check_examples(self.transforms, self.federation)
+        self.aggregator.require(self.federation.planned_sites)
         if self.mechanisms:
             (self.budget or PrivacyBudget()).make_accountant().require()
         if isinstance(algorithm, Algorithm):

@@ -9,15 +9,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sfl.core import arrays
-from sfl.core.task import SERVER, Update
+from sfl.core.task import SERVER, Task, Update
 from sfl.errors import RoundError
-from sfl.types import Array, Parameters
+from sfl.types import Array, Parameters, StateTree
 
 Needs = Literal["sum", "individual"]
 
 
 class Aggregator(ABC):
     """Takes an iterable of updates in site order, returns their aggregate.
+
+    Most need ``aggregate`` alone. One that remembers something from round to round, or looks at what was sent, defines
+    ``init`` and ``step``.
 
     Attributes:
         needs: ``"sum"`` streams: each update is valid until the next is drawn, memory stays O(P), and secure
@@ -33,6 +36,30 @@ class Aggregator(ABC):
         Raises:
             RoundError: If there is no update.
         """
+
+    def require(self, cohort: int) -> None:  # noqa: B027 - most are content with any
+        """Whether rounds of ``cohort`` planned sites can be aggregated as promised; asked before a run.
+
+        Raises:
+            CompositionError: If they cannot, with what to change.
+        """
+
+    def init(self, parameters: Parameters) -> StateTree:  # noqa: ARG002
+        """What it remembers before the first round of a model like this."""
+        return None
+
+    def step(self, updates: Iterable[Update], task: Task, state: StateTree) -> tuple[Update, StateTree]:  # noqa: ARG002
+        """One round: the aggregate, and what it remembers after it. Pure: ``state`` is left as it is.
+
+        Args:
+            updates: As ``aggregate`` takes them.
+            task: What they answer; its parameters are those that the sites were sent.
+            state: What it remembered before.
+
+        Raises:
+            RoundError: If there are too few updates.
+        """
+        return self.aggregate(updates), state
 
 
 class WeightedMean(Aggregator):

@@ -19,6 +19,7 @@ class ServerState:
         parameters: The global parameters.
         algorithm: State of the algorithm and its server optimizer (moments, controls, a relay's position …).
         mechanisms: State of the server halves of the mechanisms, in order.
+        aggregator: What the aggregator remembers.
         callbacks: What the callbacks remember, in order.
         best: The best model so far: ``round``, ``metric`` and ``value``; ``None`` while none is known.
         stopped: Why the run ended before its last planned round; empty if it did not.
@@ -29,6 +30,7 @@ class ServerState:
     parameters: Parameters
     algorithm: StateTree = None
     mechanisms: list[StateTree] = field(default_factory=list[StateTree])
+    aggregator: StateTree = None
     callbacks: list[StateTree] = field(default_factory=list[StateTree])
     best: StateTree = None
     stopped: str = ""

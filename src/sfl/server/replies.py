@@ -10,7 +10,7 @@ from sfl.core import arrays, check, sparse
 from sfl.core.aggregator import Aggregator
 from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, Reply, Status, Task, Update
 from sfl.errors import UpdateError
-from sfl.types import Metrics, Parameters
+from sfl.types import Metrics, Parameters, StateTree
 
 __all__ = ["MetricsMean", "aggregated", "screened"]
 
@@ -48,11 +48,13 @@ def _whose(update: Update | None) -> str:
     return "none" if update is None else f"that of {update.site!r}"
 
 
-def aggregated(aggregator: Aggregator, updates: Iterable[Update]) -> Update:
-    """The aggregate; an aggregator that looks at individuals is given copies that it may keep."""
+def aggregated(
+    aggregator: Aggregator, updates: Iterable[Update], task: Task, state: StateTree
+) -> tuple[Update, StateTree]:
+    """The aggregate, and what the aggregator remembers; one that looks at individuals is given copies to keep."""
     if aggregator.needs == "individual":
         updates = [replace(update, delta=arrays.copy(update.delta)) for update in updates]
-    return aggregator.aggregate(updates)
+    return aggregator.step(updates, task, state)
 
 
 class MetricsMean:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -80,6 +80,7 @@ class Run:
         self._state: ServerState | None = None
         self._stopped = ""
         self._examples: dict[str, float] = {}
+        self._aggregator: StateTree = None
 
     def begin(self, state: ServerState | None) -> ServerState:
         """The state to start from: the given one, or round 0, evaluated and saved. Announces the run."""
@@ -87,7 +88,9 @@ class Run:
         if state is None:
             state = self.job.algorithm.init(self.job.initial())
             sent = self.job.program.chain.sends(dict(state.parameters))
-            state = replace(state, mechanisms=self.job.server_chain.init(sent))
+            remembers = self.job.aggregator.init(state.parameters)
+            state = replace(state, mechanisms=self.job.server_chain.init(sent), aggregator=remembers)
+        self._aggregator = state.aggregator
         for memory, kept in zip(self._memories, state.callbacks, strict=False):
             memory.update(copy.deepcopy(kept) if isinstance(kept, dict) else {})
         self._examples = said_of_examples(state)
@@ -125,7 +128,7 @@ class Run:
         started, before = time.perf_counter(), self.seconds[task.name]
         updates = self._began(task, mean.watch(self.usable(task, cohort)))
         try:
-            aggregate = aggregated(self.job.aggregator, updates)
+            aggregate = self.aggregate(updates, task)
         except RoundError:
             if self._sums_nothing(cohort, mean.count):
                 return Update(SERVER, _zeros(self._sendable(task)), 0.0), {}
@@ -139,6 +142,11 @@ class Run:
             whole = _zeros(expected) | aggregate.delta
             aggregate = replace(aggregate, delta={name: whole[name] for name in expected})
         return aggregate, self.job.derive(mean.result())
+
+    def aggregate(self, updates: Iterable[Update], task: Task) -> Update:
+        """The job's aggregate of updates that answer ``task``; what the aggregator remembers goes into the state."""
+        aggregate, self._aggregator = aggregated(self.job.aggregator, updates, task, self._aggregator)
+        return aggregate
 
     def _sendable(self, task: Task) -> Parameters:
         """What updates may hold, as arrays like it."""
@@ -282,8 +290,13 @@ class Run:
         )
         self.sites, self.sent, self.received = [], 0, 0
         self.seconds.clear()
-        examples: StateTree = dict(self._examples) or None
-        state = replace(state, callbacks=copy.deepcopy(self._memories), stopped=self._stopped, examples=examples)
+        state = replace(
+            state,
+            aggregator=self._aggregator,
+            callbacks=copy.deepcopy(self._memories),
+            stopped=self._stopped,
+            examples=dict(self._examples) or None,
+        )
         if self.hooks.save is not None:
             with self.timed("checkpoint"):
                 self.hooks.save(state)

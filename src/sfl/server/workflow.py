@@ -19,7 +19,7 @@ from sfl.core.algorithm import ServerState
 from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.base import late, owned
 from sfl.errors import ConfigError
-from sfl.server.replies import MetricsMean, aggregated, screened
+from sfl.server.replies import MetricsMean, screened
 from sfl.server.run import Run
 from sfl.server.strategy import step
 from sfl.types import Config, Parameters, Scalar
@@ -69,6 +69,7 @@ class Sites:
         self.names: list[str] = list(run.clients)
         self.rounds, self.seed = run.job.federation.num_rounds, run.job.federation.seed
         self._sent: dict[int, _Sent] = {}
+        self._trained = Task(FIT, 0, {})  # the last task to train that went out
 
     def goes_on(self, state: ServerState) -> bool:
         """Whether there are rounds left, and nothing has stopped the run."""
@@ -141,9 +142,8 @@ class Sites:
             RoundError: If they are fewer than ``min_available_clients``.
         """
         updates = _updates(replies)
-        round = min((sent.task.round for sent in self._sent.values()), default=0)
-        self._run.check_enough(Task(FIT, round, {}), len(updates))
-        return aggregated(self._run.job.aggregator, updates)
+        self._run.check_enough(self._trained, len(updates))
+        return self._run.aggregate(updates, self._trained)
 
     def finish_round(self, state: ServerState, replies: Sequence[Reply], new: Parameters | Update) -> ServerState:
         """Close a round: evaluate the new model as the job says, tell observers, write the checkpoint.
@@ -176,6 +176,7 @@ class Sites:
     def hand_over(self, pending: Pending, task: Task, sites: Sequence[str]) -> int:
         """Send for a pattern; its ticket."""
         self._run.announce_task(task, sites)
+        self._trained = task if task.name == FIT else self._trained
         ticket = self._run.engine.send(task, sites)
         self._sent[ticket] = _Sent(pending, task, set(sites))
         return ticket
