@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from base64 import b64encode
 from collections.abc import Mapping
@@ -23,10 +24,9 @@ from sfl.core.events import Notice, StageStarted
 from sfl.core.task import FIT
 from sfl.engine.flower.app_folder import carry, write_app
 from sfl.engine.flower.carried import carried_by_server, carried_by_site, remembered_sites
-from sfl.engine.flower.following import Following
+from sfl.engine.flower.following import Following, _extract
 from sfl.engine.flower.home import bring_home
 from sfl.engine.flower.owner import new_key, run_of, sign
-from sfl.engine.flower.sealed import Reader, Seal
 from sfl.engine.launch import Launch
 from sfl.engine.local import LocalEngine
 from sfl.env import FlowerEnv
@@ -36,6 +36,7 @@ from sfl.env.serve import serve
 from sfl.errors import ConfigError, EngineError
 from sfl.io.relay import EventReader
 from sfl.io.tree import save_tree, write_text
+from sfl.privacy.sealed import Reader, Seal
 from sfl.types import site_names
 from sfl.utils.plain import describe, restore
 from test_engines import remembers
@@ -370,3 +371,15 @@ def test_a_job_whose_state_cannot_come_home_is_refused_before_a_site_trains(tmp_
     assert re.search(r"must fit into \S+ GiB to come home through a SuperLink's log, got \S+ GiB", error)
     assert not has_trained
     assert trained(tmp_path / "two", 1 << 20) == ("", True)
+
+
+@pytest.mark.parametrize("kind", ["up", "absolute", "link"])
+def test_an_archive_that_leads_elsewhere_is_refused(kind: str, tmp_path: Path) -> None:
+    packed, home = tmp_path / "a.tar", tmp_path / "home"
+    with tarfile.open(packed, "w") as tar:
+        member = tarfile.TarInfo({"up": "x/../../b", "absolute": f"{tmp_path}/b", "link": "b"}[kind])
+        member.type, member.linkname = (tarfile.SYMTYPE, "/etc") if kind == "link" else (tarfile.REGTYPE, "")
+        tar.addfile(member)
+    with pytest.raises(EngineError, match="must be files below one folder"):
+        _extract(packed, home)
+    assert not (tmp_path / "b").exists()

@@ -37,6 +37,9 @@ Evaluation: TypeAlias = tuple[float | None, int, Metrics]
 StateTree: TypeAlias = Any
 """A checkpointable value: ``None``, bool, int, float, str, ndarray, or a dict / list / tuple of those."""
 
+BUFFERS = ("*running_mean", "*running_var", "*num_batches_tracked")
+"""Patterns of the names of BatchNorm's statistics: averaged like all else, never optimised, corrected or personal."""
+
 Backend: TypeAlias = Literal[
     "sim", "flower", "flower-deploy", "nvflare", "nvflare-poc", "nvflare-prod", "flower-in-nvflare"
 ]
@@ -66,8 +69,11 @@ class FederationConfig:
         num_clients: Number of sites in the federation.
         num_rounds: Number of federated rounds.
         fraction_fit: Share of the sites that is sampled to train in a round, in (0, 1].
-        sampling: fixed (a round has as many sites as planned), poisson (each site is drawn by itself, in secret, as
-            amplification by sampling assumes) or turns (each takes part once in 1/fraction_fit rounds, in order).
+        sampling: fixed (a round has as many sites as planned), weighted (the same, sites of greater site_weights more
+            often), poisson (each site is drawn by itself, in secret, as amplification by sampling assumes) or turns
+            (each takes part once in 1/fraction_fit rounds, in order).
+        site_weights: For weighted sampling, how likely each site is drawn beside others: site-1=3,site-2=1. A site
+            that is not named weighs 0.
         min_available_clients: A round with fewer usable updates than this fails.
         weighting: examples (a site counts by the number of its examples) or equal; by default examples, and equal under
             a mechanism of differential privacy, which does not allow the other.
@@ -87,7 +93,8 @@ class FederationConfig:
     num_clients: int = 2
     num_rounds: int = 3
     fraction_fit: float = 1.0
-    sampling: Literal["fixed", "poisson", "turns"] = "fixed"
+    sampling: Literal["fixed", "weighted", "poisson", "turns"] = "fixed"
+    site_weights: str = ""
     min_available_clients: int = 1
     weighting: Literal["examples", "equal"] | None = None
     partition: str = "iid"
@@ -111,8 +118,10 @@ class FederationConfig:
             self.min_available_clients,
         )
         _require(self.weighting in (None, "examples", "equal"), "weighting", "examples or equal", self.weighting)
-        known = ("fixed", "poisson", "turns")
-        _require(self.sampling in known, "sampling", "fixed, poisson or turns", self.sampling)
+        known = ("fixed", "weighted", "poisson", "turns")
+        _require(self.sampling in known, "sampling", "fixed, weighted, poisson or turns", self.sampling)
+        is_weighted = self.sampling == "weighted"
+        _require(is_weighted == bool(self.weights), "site_weights", "given with sampling=weighted", self.site_weights)
         if self.sampling == "turns":
             most = self.num_clients // self.turns
             _require(most >= 1, "fraction_fit", "at least 1 / num_clients with turns", self.fraction_fit)
@@ -128,6 +137,24 @@ class FederationConfig:
     def turns(self) -> int:
         """Rounds in which each site takes part once, where sites take turns; otherwise 1."""
         return max(1, round(1.0 / self.fraction_fit)) if self.sampling == "turns" else 1
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What ``site_weights`` says, by site.
+
+        Raises:
+            ConfigError: If it is not names with positive numbers.
+        """
+        found: dict[str, float] = {}
+        for part in filter(None, self.site_weights.split(",")):
+            name, _, number = part.strip().partition("=")
+            try:
+                found[name] = float(number)
+            except ValueError:
+                found[name] = math.nan
+            holds = bool(name) and 0.0 < found[name] < math.inf
+            _require(holds, "site_weights", "names with positive numbers, such as site-1=3,site-2=1", part)
+        return found
 
     @property
     def planned_cohort(self) -> float:

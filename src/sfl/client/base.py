@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from sfl.core.mechanism import DpEvent
+from sfl.core.terms import NO_TERMS
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 
 
@@ -29,12 +30,18 @@ class BaseFederatedClient(ABC):
         state: What this site must remember from one round to the next (arrays, numbers, strings, in dicts and lists).
             It is checkpointed with the run after ``compute_update``; ``evaluate`` only reads it. Anything kept
             elsewhere on ``self`` is lost by a resume, and after a task that failed.
+        terms: What the run's algorithm adds to this site's training; set by the engine before ``compute_update``.
+        travelled: The sum of the learning rates of the last ``compute_update``'s steps, for algorithms that ask how
+            far a site went (SCAFFOLD); such a client sets it.
+        honours: Which ``terms`` the client's training heeds: of ``"proximal"``, ``"drift"``, ``"learning_rate"``. An
+            algorithm that needs others is refused.
         lends_arrays: Whether the arrays that ``compute_update`` returns may be overwritten by the caller. A client
             that trains a resident model sets it, and spares one copy of the model; no two of the arrays may then
             share memory.
     """
 
     lends_arrays: ClassVar[bool] = False
+    honours: frozenset[str] = frozenset()
 
     def __init__(self, client_id: int = 0, device: str = "cpu", **kwargs: Any) -> None:
         """Take the identity that the engine hands out.
@@ -49,6 +56,8 @@ class BaseFederatedClient(ABC):
         self.device = device
         self.site = f"site-{client_id + 1}"
         self.state: dict[str, Any] = {}
+        self.terms = NO_TERMS
+        self.travelled = 0.0
 
     @abstractmethod
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:

@@ -70,7 +70,7 @@ class _SocketLink:
             return None
         if kind != "task":
             return None
-        return ScriptTask(name=body["name"], round=body["round"], rounds=body["rounds"], parameters=body["parameters"])
+        return ScriptTask(**body)
 
     def send(self, result: ScriptResult) -> None:
         """Send what the script made."""

@@ -11,6 +11,7 @@ from sfl.client.base import BaseFederatedClient
 from sfl.client.inprocess import InProcessScript
 from sfl.client.session import EVALUATE, STEPS, TRAIN, ScriptResult, ScriptSite, ScriptTask, logger
 from sfl.core import rng
+from sfl.core.terms import DRIFT, LEARNING_RATE, PROXIMAL
 from sfl.errors import ConfigError, ScriptError, nearest
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 
@@ -94,6 +95,7 @@ class ScriptClient(BaseFederatedClient):
     """
 
     lends_arrays = True  # what a script sent was copied when it sent it
+    honours = frozenset({PROXIMAL, DRIFT, LEARNING_RATE})  # it is handed them; only the script knows what it does
 
     def __init__(self, client_id: int = 0, device: str = "cpu", *, script: Mapping[str, Any], **kwargs: Any) -> None:
         super().__init__(client_id=client_id, device=device, **kwargs)
@@ -110,6 +112,7 @@ class ScriptClient(BaseFederatedClient):
         result = self._work(TRAIN, parameters, config)
         if result.parameters is None:
             raise ScriptError(f"{self._name} must answer a training task with params, got metrics alone.")
+        self.travelled = result.travelled
         updated = _added(parameters, result.parameters) if result.is_diff else result.parameters
         if result.steps is None:
             self._warn_once(f'the script sent no meta["{STEPS}"]: its updates weigh 1')
@@ -145,7 +148,8 @@ class ScriptClient(BaseFederatedClient):
             )
         started = max(0, int(config.get("round", 1)) - 1)
         running = self._running = self._running or self._start(config)
-        task = ScriptTask(name=name, round=started, rounds=self.script.rounds, parameters=parameters)
+        terms = self.terms.named() if name == TRAIN else {}
+        task = ScriptTask(name=name, round=started, rounds=self.script.rounds, parameters=parameters, terms=terms)
         try:
             return running.run(task)
         except BaseException:

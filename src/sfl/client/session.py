@@ -6,18 +6,20 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from sfl.core.terms import DRIFT
 from sfl.errors import ClientApiError
 from sfl.types import Array, FLModel, Parameters, ParamsType
 
 TRAIN = "train"
 EVALUATE = "validate"
 STEPS = "NUM_STEPS_CURRENT_ROUND"
+TRAVELLED = "travelled"
 _HALF = ("torch.bfloat16", "torch.float16")
 
 logger = logging.getLogger("sfl.site")
@@ -32,12 +34,15 @@ class ScriptTask:
         round: The round, from 0.
         rounds: How many there are; ``None`` if that is not known.
         parameters: The global parameters; the script gets copies.
+        terms: What the algorithm asks of the script's training, by the names of ``LocalTerms``: numbers, and
+            ``drift`` as arrays. The script finds them in ``meta``.
     """
 
     name: str
     round: int
     rounds: int | None
     parameters: Parameters
+    terms: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +54,14 @@ class ScriptResult:
         is_diff: Whether they are to be added.
         metrics: Its figures.
         steps: The weight of the update; ``None`` if it did not say.
+        travelled: The sum of its steps' learning rates; 0 if it did not say.
     """
 
     parameters: Parameters | None
     is_diff: bool
     metrics: dict[str, float]
     steps: int | None
+    travelled: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,13 +177,20 @@ class Session:
         return self._task is not None
 
     def _handed(self, task: ScriptTask) -> FLModel:
-        params: Any = {name: np.array(value) for name, value in task.parameters.items()}
-        if self.site.params_format == "pytorch":
-            from sfl.train.interop import to_tensors
-
-            params = to_tensors(params)
-        meta = {"site_name": self.site.name, "job_id": self.site.job}
+        meta: dict[str, Any] = {"site_name": self.site.name, "job_id": self.site.job, **task.terms}
+        if DRIFT in meta:
+            meta[DRIFT] = self._as_asked(meta[DRIFT])
+        params = self._as_asked(task.parameters)
         return FLModel(params=params, current_round=task.round, total_rounds=task.rounds, meta=meta)
+
+    def _as_asked(self, parameters: Parameters) -> dict[str, Any]:
+        """Copies, as arrays or tensors."""
+        copied = {name: np.array(value) for name, value in parameters.items()}
+        if self.site.params_format != "pytorch":
+            return copied
+        from sfl.train.interop import to_tensors
+
+        return to_tensors(copied)
 
     def _check_ready(self, called: str) -> None:
         if not self.is_initialized:
@@ -199,12 +213,14 @@ def _result(model: Any) -> ScriptResult:
     if model.params is None and model.metrics is None:
         raise ClientApiError("a model that is sent must have params or metrics, got neither.")
     kind = getattr(model.params_type, "value", model.params_type)
-    steps = (model.meta or {}).get(STEPS)
+    meta = model.meta or {}
+    steps = meta.get(STEPS)
     return ScriptResult(
         parameters=_arrays(model.params) if model.params is not None else None,
         is_diff=kind == ParamsType.DIFF.value,
         metrics={str(name): _number(f"metrics[{name!r}]", value) for name, value in (model.metrics or {}).items()},
         steps=None if steps is None else int(_number(f"meta[{STEPS!r}]", steps)),
+        travelled=_number(f"meta[{TRAVELLED!r}]", meta.get(TRAVELLED, 0.0)),
     )
 
 

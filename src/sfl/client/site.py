@@ -15,11 +15,13 @@ import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.client.callbacks import SiteCallback
+from sfl.client.rule import LocalRule
 from sfl.client.spending import Spending
 from sfl.core import arrays, check, rng
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
+from sfl.core.terms import LocalTerms
 from sfl.core.transform import Chain, flat
-from sfl.errors import BudgetExhausted, UpdateError
+from sfl.errors import BudgetExhausted, ConfigError, UpdateError
 from sfl.io.site_store import SiteStore
 from sfl.privacy.budget import PrivacyBudget
 from sfl.types import Config, Metrics, Parameters, StateTree
@@ -38,6 +40,7 @@ class SiteProgram:
             asked to evaluate either: the figures of an evaluation are no better protected.
         callbacks: Called around each task.
         example_budget: What each example of a site may lose; ``None`` if the job promises its examples nothing.
+        rule: The algorithm's half on the sites.
     """
 
     client: Callable[..., BaseFederatedClient]
@@ -47,6 +50,7 @@ class SiteProgram:
     share_metrics: bool = True
     callbacks: tuple[SiteCallback, ...] = ()
     example_budget: PrivacyBudget | None = None
+    rule: LocalRule = field(default_factory=LocalRule)
 
 
 class Site:
@@ -145,9 +149,14 @@ class Site:
             raise UpdateError(f"{self.name}: a private job must not ask for a site's exact figures, got an evaluation.")
         client = self._ready(task)
         if task.name == FIT:
-            return self._fit(client, task)
+            return self.fit(client, task)
         if task.name == EVALUATE:
             return self._evaluate(client, task)
+        if task.name in self._program.rule.tasks:
+            answer = self._program.rule.run_task(_Work(self, client), task)
+            check.check_arrays(answer)
+            self._remember(client, task.round)
+            return answer
         return self._other(client, task)
 
     def _other(self, client: BaseFederatedClient, task: Task) -> Update:
@@ -170,7 +179,8 @@ class Site:
         if self._client is None:
             client = self._program.client(client_id=self._client_id, device=self._device, **self._program.kwargs)
             client.site = self.name
-            self._chain_state = self._program.chain.init(task.parameters)
+            carried = task.parameters if task.name == FIT else self._program.rule.carried(dict(task.parameters))
+            self._chain_state = self._program.chain.init(carried)
             self._recall(client, task)
             self._client = client
         elif self._moves:
@@ -198,9 +208,14 @@ class Site:
             for callback in self._program.callbacks:
                 callback.on_site_closed(self.name)
 
-    def _fit(self, client: BaseFederatedClient, task: Task) -> Update:
+    def fit(self, client: BaseFederatedClient, task: Task) -> Update:
+        """Train: what leaves, after the chain."""
         spent = self._spending.charge(client, _config(task)) if self._spending is not None else {}
-        returned = cast("object", client.compute_update(dict(task.parameters), _config(task)))
+        rule, config = self._program.rule, _config(task)
+        model = rule.model(task.parameters)
+        client.terms = rule.before(client, task.parameters, config, LocalTerms.of(config, model))
+        _require_heeded(client)
+        returned = cast("object", client.compute_update(dict(model), config))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
                 f"{self.name}: compute_update must return (parameters, num_examples, metrics), "
@@ -208,13 +223,14 @@ class Site:
             )
         returned, count, metrics = cast("tuple[object, object, object]", returned)
         parameters = _without_scalars(returned)
-        check.check_structure(self.name, parameters, task.parameters)
+        check.check_structure(self.name, parameters, model)
         weight = self._weight(check.check_count(self.name, count))
         clean = check.check_metrics(self.name, metrics)
         updated = dict(parameters)
         del parameters, returned
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused right after
-            delta = _delta(self.name, updated, task.parameters, in_place=client.lends_arrays)
+            delta = _delta(self.name, updated, model, in_place=client.lends_arrays)
+            delta = rule.after(client, task.parameters, delta)
         update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
         if self._program.chain.transforms:
             generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
@@ -240,6 +256,7 @@ class Site:
             known["loss"] = float(loss)
         weight = float(check.check_count(self.name, count))
         clean: Metrics = {**known, **check.check_metrics(self.name, metrics)}
+        clean |= check.check_metrics(self.name, self._program.rule.figures(client, _config(task)))
         return Update(self.name, {}, weight, clean)
 
     def _weight(self, count: int) -> float:
@@ -249,6 +266,39 @@ class Site:
         self._remembers = self._remembers or bool(client.state) or _holds_something(self._chain_state)
         if self._store is not None and self._remembers:
             self._store.save(round, {"client": client.state, "chain": self._chain_state}, self._life)
+
+
+def _require_heeded(client: BaseFederatedClient) -> None:
+    """What the algorithm adds to a site's training must have its effect there.
+
+    Raises:
+        ConfigError: If the client does not heed it.
+    """
+    missing = sorted(client.terms.needs - client.honours)
+    if missing:
+        raise ConfigError(
+            f"a client of this algorithm must heed {', '.join(missing)} of self.terms, got "
+            f"{type(client).__name__}.honours = {sorted(client.honours)}. Heed them and name them there."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """``SiteWork`` of a site."""
+
+    _site: Site
+    _client: BaseFederatedClient
+
+    @property
+    def site(self) -> str:
+        return self._site.name
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        return self._client.state
+
+    def fit(self, task: Task) -> Update:
+        return self._site.fit(self._client, task)
 
 
 def _config(task: Task) -> Config:

@@ -134,9 +134,10 @@ def _exactly(connection: socket.socket, length: int) -> bytes:
 
 def task_tree(task: ScriptTask) -> dict[str, Any]:
     """A task as it travels."""
-    return {"name": task.name, "round": task.round, "rounds": task.rounds, "parameters": dict(task.parameters)}
+    names = ("name", "round", "rounds", "parameters", "terms")
+    return {name: getattr(task, name) for name in names}
 
 
 def result_tree(result: ScriptResult) -> dict[str, Any]:
     """A result as it travels."""
-    return {name: getattr(result, name) for name in ("parameters", "is_diff", "metrics", "steps")}
+    return {name: getattr(result, name) for name in ("parameters", "is_diff", "metrics", "steps", "travelled")}

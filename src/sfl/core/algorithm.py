@@ -45,6 +45,11 @@ class Algorithm(ABC):
     """
 
     @property
+    def asks(self) -> frozenset[str]:
+        """What it asks of a client's own training, beside averaging: names of ``sfl.core.terms``."""
+        return frozenset()
+
+    @property
     def sampling_rate(self) -> float:
         """Probability with which each site takes part by itself, in secret; 1 unless ``plan`` draws like that."""
         return 1.0

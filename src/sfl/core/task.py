@@ -19,6 +19,9 @@ EXAMPLE_EPSILON = "example_epsilon"
 SPENT = "its examples' privacy budget is spent"
 """In the reason of a reply whose site may train no more."""
 
+NUM_UPDATES = "num_updates"
+"""Among an aggregate's metrics: of how many updates it is made; absent where that must not show."""
+
 SERVER = "server"
 """The name under which an aggregate travels through the server halves of the mechanisms."""
 

@@ -12,6 +12,7 @@ from torch import nn
 from sfl.client.base import BaseFederatedClient
 from sfl.core import rng
 from sfl.core.mechanism import DpEvent
+from sfl.core.terms import DRIFT, LEARNING_RATE, PROXIMAL
 from sfl.errors import ConfigError
 from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
@@ -39,6 +40,7 @@ class ESM2Client(BaseFederatedClient):
     """
 
     lends_arrays: ClassVar[bool] = True
+    honours = frozenset({PROXIMAL, DRIFT, LEARNING_RATE})
 
     def __init__(
         self, client_id: int = 0, device: str = "cpu", *, config: ESM2RunConfig, model: ModelSource, **kwargs: Any
@@ -55,6 +57,8 @@ class ESM2Client(BaseFederatedClient):
         self.frozen = parse_layers(config.privacy.freeze_layers)
         self.trainer = esm2_trainer(self.config)
         self.private = PrivateTraining.of(config, len(self.train)) if config.privacy.dpsgd else None
+        if self.private is not None:  # its steps are the private optimizer's own
+            self.honours = frozenset()
 
     def privacy_event(self, config: Config) -> DpEvent | None:
         """What a round of DP-SGD costs each protein; ``None`` for plain training."""
@@ -66,6 +70,7 @@ class ESM2Client(BaseFederatedClient):
         load_parameters(module, parameters)
         with frozen(module, chosen_layers(self.frozen, list(parameters))):
             outcome = self._fit(module, int(config["round"]))
+        self.travelled = outcome.travelled
         return lend_parameters(module), len(self.train), figures(outcome)
 
     def _fit(self, module: EsmForMaskedLM, round: int) -> Outcome:
@@ -79,7 +84,7 @@ class ESM2Client(BaseFederatedClient):
             steps=self.config.local_steps,
             generator=rng.public(self.seed, round, "esm2-train", self.site),
         )
-        return self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site))
+        return self.trainer.fit(module, batches, rng.public_seed(self.seed, round, "torch", self.site), self.terms)
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
         """Loss, perplexity and masked accuracy on the site's held-out proteins, with the same masks every round."""

@@ -26,7 +26,7 @@ from sfl.core.events import (
     SiteLogged,
     StageStarted,
 )
-from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, SERVER, SPENT, Reply, Status, Task, Update
+from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, NUM_UPDATES, SERVER, SPENT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted, CompositionError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
@@ -87,8 +87,9 @@ class Run:
         begun = state is None
         if state is None:
             state = self.job.algorithm.init(self.job.initial())
-            sent = self.job.program.chain.sends(dict(state.parameters))
-            remembers = self.job.aggregator.init(state.parameters)
+            carried = self.job.program.rule.carried(dict(state.parameters))
+            sent = self.job.program.chain.sends(carried)
+            remembers = self.job.aggregator.init(carried)
             state = replace(state, mechanisms=self.job.server_chain.init(sent), aggregator=remembers)
         self._aggregator = state.aggregator
         for memory, kept in zip(self._memories, state.callbacks, strict=False):
@@ -141,6 +142,8 @@ class Run:
             expected = self._sendable(task)
             whole = _zeros(expected) | aggregate.delta
             aggregate = replace(aggregate, delta={name: whole[name] for name in expected})
+        else:
+            aggregate = replace(aggregate, metrics={**aggregate.metrics, NUM_UPDATES: float(mean.count)})
         return aggregate, self.job.derive(mean.result())
 
     def aggregate(self, updates: Iterable[Update], task: Task) -> Update:
@@ -266,14 +269,14 @@ class Run:
         self.emit(BestModelSelected(round=state.round, metric=str(best["metric"]), value=figures[str(best["metric"])]))
         return replace(state, best=best)
 
-    def close_round(self, state: ServerState, fit: Metrics, *, evaluate: bool) -> ServerState:
-        """Evaluate the new global model, say what happened, then checkpoint.
+    def close_round(self, state: ServerState, fit: Metrics, *, evaluate: bool, ask_sites: bool = True) -> ServerState:
+        """Evaluate the new global model, on the sites too if they are asked, say what happened, then checkpoint.
 
         The figures are written before the checkpoint: a run killed between the two repeats the round, and a resume
         drops figures of rounds that no checkpoint holds.
         """
         self.look_at(state)
-        evaluation, central = self._evaluate(state) if evaluate else ({}, {})
+        evaluation, central = self._evaluate(state, ask_sites=ask_sites) if evaluate else ({}, {})
         state = self._scored(state, {**evaluation, **central})
         self.look_at(state)
         self.emit(
@@ -302,11 +305,11 @@ class Run:
                 self.hooks.save(state)
         return state
 
-    def _evaluate(self, state: ServerState) -> tuple[Metrics, Metrics]:
+    def _evaluate(self, state: ServerState, *, ask_sites: bool) -> tuple[Metrics, Metrics]:
         parameters = arrays.read_only(state.parameters)
         task = Task(EVALUATE, state.round, parameters, {"seed": self.job.federation.seed})
         mean = MetricsMean()
-        if self.job.program.share_metrics:
+        if self.job.program.share_metrics and ask_sites:
             for _ in mean.watch(self.usable(task, self.clients)):
                 pass
         central: Metrics = {}

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from sfl.core import rng
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.task import FIT, Task, Update
+from sfl.core.terms import LEARNING_RATE, LEARNING_RATE_FACTOR, PROXIMAL, PROXIMAL_MU
 from sfl.errors import ConfigError
+from sfl.server.schedule import Schedule
 from sfl.types import Array, Config, Parameters, Scalar
 
 
-def sample_cohort(clients: Sequence[str], fraction: float, minimum: int, generator: np.random.Generator) -> list[str]:
+def sample_cohort(
+    clients: Sequence[str],
+    fraction: float,
+    minimum: int,
+    generator: np.random.Generator,
+    weights: Sequence[float] | None = None,
+) -> list[str]:
     """``max(minimum, round(fraction * n))`` of the sites without replacement, in site order.
+
+    With weights, sites are drawn one after the other, each in proportion to its weight among those that are left;
+    never more than have one.
 
     Example:
         >>> sample_cohort(["a", "b", "c"], 1.0, 1, rng.public(0, 1, "cohort"))
         ['a', 'b', 'c']
     """
     size = min(len(clients), max(minimum, round(fraction * len(clients)), 1))
-    if size == len(clients):
+    if size == len(clients) and weights is None:
         return list(clients)
-    chosen = generator.choice(len(clients), size=size, replace=False)
+    odds: Array | None = None
+    if weights is not None:
+        odds = np.asarray(weights, dtype=np.float64)
+        size = min(size, int(np.count_nonzero(odds)))
+        if size == 0:
+            return []
+        odds = odds / odds.sum()
+    chosen = generator.choice(len(clients), size=size, replace=False, p=odds)
     positions: list[int] = sorted(chosen.tolist())
     return [clients[position] for position in positions]
 
@@ -46,6 +65,9 @@ class FedAvg(Algorithm):
         turns: Above 1, sites take turns instead: the i-th of the run's sites takes part in round r if r - 1 and i leave
             the same remainder. The sites must stay the same.
         config: Scalars for the clients.
+        schedule: What the sites' learning rate is multiplied with, round by round.
+        weights: By site, how likely it is drawn beside others; empty draws all alike. Without replacement, by
+            successive draws: a site that is not named weighs 0.
     """
 
     fraction_fit: float = 1.0
@@ -55,6 +77,14 @@ class FedAvg(Algorithm):
     poisson: bool = False
     turns: int = 1
     config: Config = field(default_factory=dict[str, Scalar])
+    schedule: Schedule | None = None
+    weights: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """A learning rate of the server's, under a schedule; a proximal term, where there is one."""
+        scheduled = {LEARNING_RATE} if self.schedule is not None and self.schedule.changes else set[str]()
+        return frozenset(scheduled | ({PROXIMAL} if self.config.get(PROXIMAL_MU) else set()))
 
     @property
     def sampling_rate(self) -> float:
@@ -82,26 +112,33 @@ class FedAvg(Algorithm):
         """
         if self.turns == 1:
             return state
-        began = state.algorithm["sites"] if isinstance(state.algorithm, dict) else list(clients)
+        kept: dict[str, Any] = state.algorithm or {}
+        began = kept.get("sites", list(clients))
         if began != list(clients):
             raise ConfigError(
                 f"sites that take turns must be those that the run began with, {began}, got {list(clients)}. "
                 "Bring them back, or start a new run."
             )
-        return replace(state, algorithm={"sites": list(clients)})
+        return replace(state, algorithm={**kept, "sites": list(clients)})
 
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
         """The global parameters, to a sample of the sites."""
         round = state.round + 1
+        return Task(FIT, round, state.parameters, self._told(round)), self._cohort(round, clients)
+
+    def _told(self, round: int) -> Config:
+        factor = {} if self.schedule is None else {LEARNING_RATE_FACTOR: self.schedule.factor(round)}
+        return {**self.config, **factor, "seed": self.seed}
+
+    def _cohort(self, round: int, clients: Sequence[str]) -> list[str]:
         if self.poisson:
             draw = secrets.SystemRandom().random
-            drawn = [client for client in clients if draw() < self.fraction_fit]
-            return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), drawn
+            return [client for client in clients if draw() < self.fraction_fit]
         if self.turns > 1:
-            turn = [client for index, client in enumerate(clients) if (round - 1 - index) % self.turns == 0]
-            return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), turn
-        cohort = sample_cohort(clients, self.fraction_fit, self.min_clients, rng.public(self.seed, round, "cohort"))
-        return Task(FIT, round, state.parameters, {**self.config, "seed": self.seed}), cohort
+            return [client for index, client in enumerate(clients) if (round - 1 - index) % self.turns == 0]
+        generator = rng.public(self.seed, round, "cohort")
+        weights = [self.weights.get(client, 0.0) for client in clients] if self.weights else None
+        return sample_cohort(clients, self.fraction_fit, self.min_clients, generator, weights)
 
     def finish(self, state: ServerState, aggregate: Update) -> ServerState:
         """w + η · mean delta; arrays that no site sent stay as they are."""

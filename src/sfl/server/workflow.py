@@ -145,13 +145,24 @@ class Sites:
         self._run.check_enough(self._trained, len(updates))
         return self._run.aggregate(updates, self._trained)
 
-    def finish_round(self, state: ServerState, replies: Sequence[Reply], new: Parameters | Update) -> ServerState:
+    def check_enough(self, pending: Pending) -> None:
+        """Whether enough of what was answered can be used to make a round.
+
+        Raises:
+            RoundError: If they are fewer than ``min_available_clients``.
+        """
+        self._run.check_enough(pending.task, len(_updates(pending.replies)))
+
+    def finish_round(
+        self, state: ServerState, replies: Sequence[Reply], new: Parameters | Update, *, ask_sites: bool = True
+    ) -> ServerState:
         """Close a round: evaluate the new model as the job says, tell observers, write the checkpoint.
 
         Args:
             state: The state before it, with what the workflow remembers.
             replies: What the round's figures are the mean of.
             new: The new global parameters, or the update that leads to them.
+            ask_sites: Whether an evaluation asks the sites, too, and so waits for what they are at.
 
         Returns:
             The state after it.
@@ -165,7 +176,7 @@ class Sites:
         state = replace(state, round=state.round + 1, parameters=parameters)
         self._run.sites.sort(key=lambda site: (site.stage, site.site))  # they came in any order
         self._run.finished_aggregation(state, mean.count)
-        return self._run.close_round(state, fit, evaluate=job.evaluates(state.round))
+        return self._run.close_round(state, fit, evaluate=job.evaluates(state.round), ask_sites=ask_sites)
 
     def _known(self, sites: Sequence[str]) -> list[str]:
         unknown = sorted(set(sites) - set(self.names))

@@ -10,7 +10,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from sfl.core.terms import NO_TERMS, LocalTerms
 from sfl.errors import ModelError
+from sfl.train.steering import Steering
 
 Batch = TypeVar("Batch")
 
@@ -24,12 +26,14 @@ class Outcome:
         examples: Examples seen, with repetition.
         loss: Mean loss over the predicted tokens (or examples) of all steps.
         accuracy: Share of them predicted right.
+        travelled: Sum of the steps' learning rates.
     """
 
     steps: int
     examples: int
     loss: float
     accuracy: float
+    travelled: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,14 @@ class Trainer(Generic[Batch]):
     max_grad_norm: float = 1.0
     bf16: bool = True
 
-    def fit(self, module: nn.Module, batches: Iterator[Batch], seed: int) -> Outcome:
+    def fit(self, module: nn.Module, batches: Iterator[Batch], seed: int, terms: LocalTerms = NO_TERMS) -> Outcome:
         """One optimizer step for each batch.
 
         Args:
             module: Trained in place.
             batches: As many as steps are wanted.
             seed: Of torch's own draws (dropout).
+            terms: What the run's algorithm adds.
 
         Raises:
             ModelError: If there was no batch.
@@ -75,7 +80,9 @@ class Trainer(Generic[Batch]):
         module.train()
         torch.default_generator.manual_seed(seed)
         trainable = [p for p in module.parameters() if p.requires_grad]
-        optimizer = adamw(trainable, self.learning_rate, self.weight_decay)
+        steering = Steering(module, terms)
+        rate = self.learning_rate * steering.factor
+        optimizer = adamw(trainable, rate, self.weight_decay)
         context = autocast(trainable[0].device, self.bf16)
         steps = examples = 0
         tally = Tally(trainable[0].device)
@@ -83,14 +90,16 @@ class Trainer(Generic[Batch]):
             with context:
                 result = self.loss(module, batch)
             (result.total / max(result.count, 1)).backward()
+            steering.add_gradients()
             nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
             optimizer.step()
+            steering.drift(rate)
             optimizer.zero_grad(set_to_none=True)
             tally.add(result)
             steps, examples = steps + 1, examples + self.size(batch)
         if steps == 0:
             raise ModelError("local training must have at least one batch, got none. Give the site more data.")
-        return Outcome(steps, examples, *tally.means())
+        return Outcome(steps, examples, *tally.means(), travelled=steps * rate)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch]) -> Outcome:
         """Loss and accuracy over batches; an empty iterator gives zeros over 0 examples."""

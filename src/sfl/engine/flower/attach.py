@@ -23,9 +23,9 @@ from sfl.engine.flower.app_folder import carried_in, carry, write_app
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.following import Following
 from sfl.engine.flower.owner import KEY, sign
-from sfl.engine.flower.sealed import Reader
 from sfl.engine.launch import Launch
 from sfl.errors import EngineError
+from sfl.privacy.sealed import Reader
 
 _LINK = "sfl"
 _TRIES, _AGAIN = 5, 3.0  # times that a log which breaks off is asked for, and seconds between two

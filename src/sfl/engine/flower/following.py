@@ -9,14 +9,15 @@ import re
 import shutil
 import sys
 import tarfile
-from typing import IO
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
 
 from sfl.core.events import Notice
 from sfl.engine.flower.home import EVENT, LEFT, PART, PIECE
-from sfl.engine.flower.sealed import Reader
 from sfl.engine.launch import Launch
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
+from sfl.privacy.sealed import Reader
 from sfl.utils.plain import describe
 
 _NUMBER = re.compile(r"(\d{1,9})/([1-9]\d{0,8})")
@@ -108,8 +109,7 @@ class Following:
         if not self.is_whole():
             return False
         made = Launch(self._launch.folder / "home")
-        with tarfile.open(self._packed) as tar:
-            tar.extractall(made.folder, filter="data")
+        _extract(self._packed, made.folder)
         self._packed.unlink()
         text = made.outcome.read_text(encoding="utf-8")
         with self._launch.events.open("a", encoding="utf-8") as events:
@@ -133,6 +133,25 @@ class Following:
 
     def _where(self) -> str:
         return f"on the SuperLink's machine, in sfl-runs/{self._launch.read_settings()['run']} of FLWR_HOME"
+
+
+def _extract(packed: Path, folder: Path) -> None:
+    """The regular files of an archive, below ``folder``: what a server sends has nothing else.
+
+    Raises:
+        EngineError: If it has a link, a device, or a name that leads elsewhere.
+    """
+    with tarfile.open(packed) as tar:
+        for member in tar:
+            target = PurePosixPath(member.name)
+            if member.isdir():
+                continue
+            if not member.isreg() or target.is_absolute() or ".." in target.parts:
+                raise EngineError(f"what comes home must be files below one folder, got {member.name!r}.")
+            content = tar.extractfile(member)
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / target).open("wb") as file:
+                shutil.copyfileobj(cast("IO[bytes]", content), file)
 
 
 def _is_json(text: str) -> bool:

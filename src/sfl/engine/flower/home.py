@@ -22,8 +22,8 @@ from types import FunctionType
 from typing import cast
 
 from sfl.engine.flower.carried import MOST, RESULT
-from sfl.engine.flower.sealed import Seal
 from sfl.engine.launch import Launch
+from sfl.privacy.sealed import Seal
 
 EVENT, PART = "sfl-event", "sfl-part"
 PIECE = 48 << 10  # bytes in a part, before it is sealed
@@ -115,7 +115,7 @@ class _Log:
 def _pack(launch: Launch, packed: Path) -> None:
     """Pack what comes home, and the names of what is too much."""
     size, left = 0, list[str]()
-    with tarfile.open(packed, mode="w") as tar:
+    with tarfile.open(packed, mode="w", dereference=True) as tar:  # files alone: links are not taken at home
         for path, name in _files(launch):
             more = path.stat().st_size
             if size + more <= MOST:

@@ -26,13 +26,17 @@ _RUN = re.compile(r"[0-9a-f]{32}")
 _HOME = "sfl-runs"
 RESULT = "run"
 _OURS = (
+    "sfl.client.ditto:",
+    "sfl.client.inference:",
+    "sfl.client.rule:",
+    "sfl.client.scaffold:",
     "sfl.client.site:",
     "sfl.client.sum_client:",
-    "sfl.client.inference:",
+    "sfl.client.swarm:",
     "sfl.core.",
     "sfl.esm2.",
     "sfl.privacy.",
-    "sfl.recipe:",
+    "sfl.recipe.",
     "sfl.server.",
     "sfl.types:",
     "builtins:dict",

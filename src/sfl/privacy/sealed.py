@@ -19,12 +19,23 @@ _KEY = 32
 
 
 class Reader:
-    """Who can open what was sealed for ``public``. The other half never leaves this process."""
+    """Who can open what was sealed for ``public``.
 
-    def __init__(self) -> None:
-        self._key = X25519PrivateKey.generate()
+    Args:
+        purpose: What is sealed; parts of another purpose do not open.
+        private: The other half, for a reader that has gone on in another process; by default a new one.
+    """
+
+    def __init__(self, purpose: bytes = b"sfl result", private: bytes | None = None) -> None:
+        self._key = X25519PrivateKey.generate() if private is None else X25519PrivateKey.from_private_bytes(private)
+        self._purpose = purpose
         self._ciphers: dict[bytes, ChaCha20Poly1305] = {}
         self.public = self._key.public_key().public_bytes_raw()
+
+    @property
+    def private(self) -> bytes:
+        """The secret half, to be kept where only this reader comes to."""
+        return self._key.private_bytes_raw()
 
     def open(self, part: bytes, number: int, count: int) -> bytes:
         """What was sealed as this part of so many.
@@ -36,7 +47,7 @@ class Reader:
         try:
             if given not in self._ciphers:
                 shared = self._key.exchange(X25519PublicKey.from_public_bytes(given))
-                self._ciphers[given] = _cipher(shared, given, self.public)
+                self._ciphers[given] = _cipher(shared, given, self.public, self._purpose)
             return self._ciphers[given].decrypt(_nonce(number), rest, _place(number, count))
         except (InvalidTag, ValueError) as error:
             raise EngineError(f"a sealed part must open, got {len(part)} bytes that do not.") from error
@@ -48,12 +59,14 @@ class Seal:
     Args:
         reader: Public key of the only one who can open them.
         count: How many there are.
+        purpose: What is sealed.
     """
 
-    def __init__(self, reader: bytes, count: int) -> None:
+    def __init__(self, reader: bytes, count: int, purpose: bytes = b"sfl result") -> None:
         once = X25519PrivateKey.generate()
         self._given, self._count = once.public_key().public_bytes_raw(), count
-        self._cipher = _cipher(once.exchange(X25519PublicKey.from_public_bytes(reader)), self._given, reader)
+        shared = once.exchange(X25519PublicKey.from_public_bytes(reader))
+        self._cipher = _cipher(shared, self._given, reader, purpose)
         self._next = 0
 
     def close(self, data: bytes) -> bytes:
@@ -70,6 +83,6 @@ def _place(number: int, count: int) -> bytes:
     return f"{number}/{count}".encode()
 
 
-def _cipher(shared: bytes, given: bytes, reader: bytes) -> ChaCha20Poly1305:
-    info = b"sfl result" + given + reader
+def _cipher(shared: bytes, given: bytes, reader: bytes, purpose: bytes) -> ChaCha20Poly1305:
+    info = purpose + given + reader
     return ChaCha20Poly1305(HKDF(algorithm=SHA256(), length=_KEY, salt=None, info=info).derive(shared))

@@ -1,11 +1,10 @@
-"""Recipes: a job described once, as frozen configuration. Only ``build()`` puts objects together."""
+"""What every recipe is: a job described once, as frozen configuration. Only ``build()`` puts objects together."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.client.callbacks import SiteCallback
+from sfl.client.rule import LocalRule
 from sfl.client.script import ScriptClient
 from sfl.client.site import SiteProgram
 from sfl.core import arrays
@@ -26,15 +26,12 @@ from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
-from sfl.server.script_job import ScriptJob, sized
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
-from sfl.server.strategy import FedAvg, SumFedAvg
 from sfl.server.workflow import Workflow
-from sfl.train.model_source import ModelSource
 from sfl.types import Array, FederationConfig, Metrics, Parameters
 
-__all__ = ["Environment", "FedAvgRecipe", "Recipe", "RunResult", "SumRecipe", "WorkflowRecipe"]
+__all__ = ["Environment", "Recipe"]
 
 
 class Environment(Protocol):
@@ -97,6 +94,10 @@ class Recipe(ABC):
     def algorithm(self) -> Algorithm | Workflow:
         """The algorithm that this recipe stands for."""
 
+    def rule(self) -> LocalRule:
+        """The half of the algorithm that runs on the sites."""
+        return LocalRule()
+
     def resolved(self) -> Self:
         """The same job said in terms of clients; one of a training script becomes one of script clients."""
         return self
@@ -154,6 +155,7 @@ class Recipe(ABC):
                 share_metrics=not private,
                 callbacks=self.site_callbacks,
                 example_budget=self.example_budget,
+                rule=self._heeded(self.rule(), algorithm),
             ),
             federation=self.federation,
             server_chain=server_chain,
@@ -165,6 +167,21 @@ class Recipe(ABC):
             selection=Selection(metric=self.key_metric, mode=self.key_metric_mode, received=self._scores_received()),
             evaluate_every=every,
         )
+
+    def _heeded(self, rule: LocalRule, algorithm: Algorithm | Workflow) -> LocalRule:
+        """The rule, after a look at whether clients of this class heed what the algorithm asks of them.
+
+        A function that makes clients says nothing of them; each site looks at its own.
+        """
+        asked = rule.asks | (algorithm.asks if isinstance(algorithm, Algorithm) else frozenset())
+        honours: frozenset[str] = getattr(self.client, "honours", asked)
+        if asked - honours:
+            raise CompositionError(
+                f"clients of {type(self).__name__} must heed {', '.join(sorted(asked - honours))} of self.terms, got "
+                f"{getattr(self.client, '__name__', self.client)}.honours = {sorted(honours)}. Heed them in "
+                "compute_update and name them there, or use another algorithm."
+            )
+        return rule
 
     def _scores_received(self) -> bool:
         """Whether sites report, as they train, figures of the model that they were sent: training scripts do."""
@@ -253,123 +270,3 @@ def _initial_array(name: object, value: Any, *, copied: bool) -> Array:
 
 def _is_real(array: Array) -> bool:
     return array.dtype.kind in "fiub" and array.dtype.itemsize <= 8  # what a checkpoint holds
-
-
-@dataclass(frozen=True, kw_only=True)
-class FedAvgRecipe(Recipe):
-    """Federated averaging (McMahan et al. 2017), of clients or of a training script.
-
-    Either ``client`` and ``initial_parameters`` are given, or ``train_script`` and ``model`` (or ``initial_ckpt``).
-
-    Example:
-        >>> FedAvgRecipe(name="digits", min_clients=2, num_rounds=5, model={"w": np.zeros(3)}, train_script="train.py")
-        ... # doctest: +ELLIPSIS
-        FedAvgRecipe(name='digits', ...)
-
-    Attributes:
-        server_learning_rate: Step of the server on the mean delta; 1 is the paper's.
-        train_script: A script that uses the Client API; every site runs it.
-        train_args: Its arguments, as one line or as a list.
-        model: Initial parameters of a script's job: a torch module (its ``state_dict`` is taken), the name of its
-            class as ``{"class_path": "pkg.mod.Class", "args": {...}}``, or a dict of arrays.
-        initial_ckpt: A safetensors or ``.pt`` file that holds the initial parameters.
-        min_clients: Sites that a round needs, and of the federation if it does not name more.
-        num_rounds: Rounds; by default the federation's.
-        launch_external_process: Whether the script runs as a process of its own.
-        command: What runs it then, such as ``torchrun --nproc_per_node=2``.
-        server_expected_format: Whether scripts are handed ``"numpy"`` arrays or ``"pytorch"`` tensors; by default
-            tensors if the model is a torch module.
-        params_transfer_type: What scripts send, as a hint; each model that they send says so itself.
-    """
-
-    server_learning_rate: float = 1.0
-    train_script: str | None = None
-    train_args: str | Sequence[str] = ()
-    model: Any = None
-    initial_ckpt: str | None = None
-    min_clients: int | None = None
-    num_rounds: int | None = None
-    launch_external_process: bool = False
-    command: str = "python3 -u"
-    server_expected_format: Literal["numpy", "pytorch"] | None = None
-    params_transfer_type: Literal["FULL", "DIFF"] = "FULL"
-
-    def __post_init__(self) -> None:
-        self._check_form()
-        if self.train_script is not None:  # no module stays in a recipe: it must be fit to travel as plain data
-            object.__setattr__(self, "model", ModelSource.of(self.model, self.initial_ckpt, self.federation.seed))
-
-    def resolved(self) -> Self:
-        """The same job with its size in the federation; one of a training script as one of script clients."""
-        federation = sized(self.federation, self.min_clients, self.num_rounds)
-        if self.train_script is None:
-            return replace(self, federation=federation, min_clients=None, num_rounds=None)
-        job = ScriptJob(
-            name=self.name,
-            path=self.train_script,
-            args=self.train_args,
-            model=self.model,
-            params_format=self.server_expected_format,
-            external=self.launch_external_process,
-            command=self.command,
-        )
-        every = "end" if self.evaluate_every is None else self.evaluate_every
-        bare: dict[str, Any] = {"train_script": None, "train_args": (), "model": None, "initial_ckpt": None}
-        bare |= {"min_clients": None, "num_rounds": None, "evaluate_every": every}
-        return replace(self, **bare, **job.fields(federation))
-
-    def _check_form(self) -> None:
-        ours = self.client is not None or self.initial_parameters is not None or bool(self.client_kwargs)
-        script = self.train_script is not None
-        if ours == script:
-            got = "both" if ours else "neither"
-            raise CompositionError(
-                f"a recipe must have either client and initial_parameters or train_script and model, got {got}."
-            )
-        if not script and (self.model is not None or self.initial_ckpt is not None or self.train_args):
-            raise CompositionError("model, initial_ckpt and train_args must come with a train_script, got none.")
-        for name, value, known in (
-            ("params_transfer_type", self.params_transfer_type, ("FULL", "DIFF")),
-            ("server_expected_format", self.server_expected_format, (None, "numpy", "pytorch")),
-        ):
-            if value not in known:
-                raise CompositionError(f"{name} must be one of {known}, got {value!r}.")
-
-    def algorithm(self) -> Algorithm:
-        """FedAvg over the federation's sampling."""
-        if not math.isfinite(self.server_learning_rate):
-            raise CompositionError(f"server_learning_rate must be finite, got {self.server_learning_rate}.")
-        return FedAvg(
-            fraction_fit=self.federation.fraction_fit,
-            min_clients=self.federation.min_available_clients,
-            server_learning_rate=self.server_learning_rate,
-            seed=self.federation.seed,
-            poisson=self.federation.sampling == "poisson",
-            turns=self.federation.turns,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SumRecipe(Recipe):
-    """The sum of what the sites hold: the smallest working example."""
-
-    aggregator: Aggregator = field(default_factory=Sum)
-
-    def algorithm(self) -> Algorithm:
-        """SumFedAvg over all sites."""
-        return SumFedAvg(seed=self.federation.seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkflowRecipe(Recipe):
-    """A job whose order of tasks is its own.
-
-    Attributes:
-        workflow: What the server does.
-    """
-
-    workflow: Workflow
-
-    def algorithm(self) -> Workflow:
-        """The workflow."""
-        return self.workflow

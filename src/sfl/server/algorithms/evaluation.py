@@ -1,0 +1,58 @@
+"""Evaluation without training, and every site's model on every site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sfl.core import arrays
+from sfl.core.algorithm import ServerState
+from sfl.core.task import EVALUATE, Reply, Task
+from sfl.server.workflow import Sites, Workflow, added
+from sfl.types import Metrics, Parameters
+
+GLOBAL: Final = "global"
+"""How the matrix calls the model that the run was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedEvaluation(Workflow):
+    """The given model on every site's held-out data, in one round that trains nothing."""
+
+    def run(self, sites: Sites, state: ServerState) -> ServerState:
+        """The evaluation is that of the last round."""
+        while sites.goes_on(state):
+            state = sites.finish_round(state, [], state.parameters)
+        return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossSiteEvaluation(Workflow):
+    """Each site trains once from the given model; then every model, the given one too, is evaluated on every site.
+
+    The matrix is in ``state.algorithm["matrix"]``: by model, by site, its figures. A diagonal above the rest of its row
+    says that a site's data differ from the others'. Sites' models travel to all other sites.
+    """
+
+    def run(self, sites: Sites, state: ServerState) -> ServerState:
+        """Train, then one evaluation for each model."""
+        while sites.goes_on(state):
+            training = sites.broadcast(sites.fit_task(state))
+            trained = training.wait()
+            sites.check_enough(training)
+            models: dict[str, Parameters] = {GLOBAL: state.parameters}
+            models |= {r.site: added(state.parameters, r.update) for r in trained if r.update is not None}
+            matrix = {name: _figures(sites, state.round + 1, model) for name, model in models.items()}
+            state = replace(state, algorithm={"matrix": matrix})
+            state = sites.finish_round(state, trained, state.parameters, ask_sites=False)
+        return state
+
+
+def _figures(sites: Sites, round: int, model: Parameters) -> dict[str, Metrics]:
+    task = Task(EVALUATE, round, arrays.read_only(model), {"seed": sites.seed})
+    return _by_site(sites.broadcast(task).wait())
+
+
+def _by_site(replies: Sequence[Reply]) -> dict[str, Metrics]:
+    return {reply.site: dict(reply.update.metrics) for reply in replies if reply.update is not None}
