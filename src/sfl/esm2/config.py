@@ -7,6 +7,7 @@ from typing import Final
 
 from sfl.errors import ConfigError
 from sfl.privacy.config import PrivacyConfig
+from sfl.server.config import AlgorithmConfig
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 MAX_RESIDUES = 1022
@@ -61,11 +62,13 @@ class ESM2RunConfig:
     Attributes:
         federation: Who takes part, and for how long.
         client: How a site trains.
+        algorithm: Which federated algorithm.
         privacy: Its protections.
         logging: What the run says, and where it writes.
     """
 
     federation: FederationConfig = field(default_factory=lambda: FederationConfig(workers=0))
     client: ESM2ClientConfig = field(default_factory=ESM2ClientConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfl.core import rng
+from sfl.errors import CompositionError
 from sfl.esm2.client import (
     ESM2Client,
     esm2_trainer,
@@ -19,7 +20,7 @@ from sfl.esm2.client import (
 from sfl.esm2.config import ESM2RunConfig
 from sfl.esm2.model import ModelSource, save_model
 from sfl.privacy.runner_utils import build_protections
-from sfl.recipe import FedAvgRecipe
+from sfl.recipe import FedAvgRecipe, chosen_recipe
 from sfl.train.devices import limit_threads
 from sfl.train.module import copy_parameters, load_parameters, release_resident
 from sfl.types import Metrics, Parameters
@@ -65,15 +66,25 @@ class ESM2Server:
 
 
 def esm2_recipe(config: ESM2RunConfig, model: ModelSource, *, device: str = "cpu") -> FedAvgRecipe:
-    """Federated averaging of ESM2 under masked language modelling."""
+    """Federated training of ESM2 under masked language modelling.
+
+    Raises:
+        CompositionError: If the options do not fit each other.
+    """
+    if config.privacy.dpsgd and config.algorithm.algorithm in ("fedprox", "scaffold", "ditto"):
+        raise CompositionError(
+            f"algorithm must leave the sites' steps to the private optimizer under dpsgd, got "
+            f"{config.algorithm.algorithm}. Use fedavg, or an algorithm whose work is on the server."
+        )
     server = ESM2Server(config=config, model=model, device=device)
     protections = build_protections(config.privacy, config.federation)
-    return FedAvgRecipe(
+    return chosen_recipe(
+        config.algorithm,
+        config.federation,
         name="esm2",
         client=ESM2Client,
         client_kwargs={"config": config, "model": model},
         initial_parameters=server.initial_parameters,
-        federation=config.federation,
         transforms=protections.transforms,
         released=protections.released,
         mechanisms=protections.mechanisms,

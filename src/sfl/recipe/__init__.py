@@ -3,6 +3,7 @@
 from sfl.recipe.algorithms import DittoRecipe, FedOptRecipe, FedProxRecipe, ScaffoldRecipe
 from sfl.recipe.averaging import FedAvgRecipe, SumRecipe
 from sfl.recipe.base import Environment, Recipe
+from sfl.recipe.choice import chosen_recipe
 from sfl.recipe.workflow import CyclicRecipe, FedBuffRecipe, FedEvalRecipe, SwarmRecipe, WorkflowRecipe
 from sfl.server.session import RunResult
 
@@ -21,4 +22,5 @@ __all__ = [
     "SumRecipe",
     "SwarmRecipe",
     "WorkflowRecipe",
+    "chosen_recipe",
 ]
