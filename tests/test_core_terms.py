@@ -42,7 +42,7 @@ def test_what_is_added_is_the_gradient_of_the_proximal_term_and_the_drift() -> N
     added = LocalTerms(0.5, anchor, drift={"w": np.array([10.0, 0.0])}).added(W)
     step = 1e-6 * np.eye(2)
     slope = [(proximal(W["w"] + e) - proximal(W["w"] - e)) / 2e-6 for e in step]
-    np.testing.assert_allclose(added["w"], np.array(slope) + [10.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(added["w"], np.add(slope, [10.0, 0.0]), rtol=1e-6)
     assert added["n"] == 0
     assert added["n"].dtype == W["n"].dtype
 
