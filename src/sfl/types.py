@@ -82,6 +82,7 @@ class FederationConfig:
         workers: Processes that train sites side by side; 0 means one per core. The result has the same bits.
         threads: CPU threads that each worker computes with. The last bits of a result depend on it.
         round_timeout: Seconds after which a site that has not answered is late and left out; 0 means no limit.
+        wait_for: Updates after which a round waits for no more sites: those still at work are late. 0 waits for all.
         backend: What carries the job: sim (this process), flower, nvflare or flower-in-nvflare (simulators),
             flower-deploy or nvflare-poc (server and sites as processes of this machine, over TLS), nvflare-prod (a
             provisioned federation). Same bits in all.
@@ -102,6 +103,7 @@ class FederationConfig:
     workers: int = 1
     threads: int = 1
     round_timeout: float = 0.0
+    wait_for: int = 0
     backend: Backend = "sim"
     startup_kit: str | None = None
     superlink: str | None = None
@@ -131,6 +133,8 @@ class FederationConfig:
         _require(self.workers >= 0, "workers", "0 (one per core) or more", self.workers)
         _require(1 <= self.threads <= 1024, "threads", "between 1 and 1024", self.threads)
         _require(0.0 <= self.round_timeout <= 1e6, "round_timeout", "0 (no limit) or up to 1e6 s", self.round_timeout)
+        holds = self.wait_for == 0 or self.min_available_clients <= self.wait_for
+        _require(holds, "wait_for", "0 (all) or at least min_available_clients", self.wait_for)
         _require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
 
     @property

@@ -51,6 +51,7 @@ def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: o
             startup_kit=federation.startup_kit,
             superlink=federation.superlink,
             root_certificates=federation.root_certificates,
+            clock=options.simulation,
         )
         return run_esm2(resolved, env, resume=resume)
     except (SflError, OSError):

@@ -22,6 +22,7 @@ class ServerState:
         aggregator: What the aggregator remembers.
         callbacks: What the callbacks remember, in order.
         best: The best model so far: ``round``, ``metric`` and ``value``; ``None`` while none is known.
+        engine: What the engine remembers, such as the simulated time.
         stopped: Why the run ended before its last planned round; empty if it did not.
         examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if none has.
     """
@@ -33,6 +34,7 @@ class ServerState:
     aggregator: StateTree = None
     callbacks: list[StateTree] = field(default_factory=list[StateTree])
     best: StateTree = None
+    engine: StateTree = None
     stopped: str = ""
     examples: StateTree = None
 

@@ -16,6 +16,9 @@ END = "end"
 EXAMPLE_EPSILON = "example_epsilon"
 """The figure under which a site says what its own ledger has spent of each example's privacy."""
 
+SIMULATED_SECONDS = "simulated_seconds"
+"""The figure of a round that says when it ended in simulated time."""
+
 SPENT = "its examples' privacy budget is spent"
 """In the reason of a reply whose site may train no more."""
 

@@ -11,6 +11,7 @@ from typing import Self
 
 from sfl.core import arrays
 from sfl.core.task import END, Reply, Status, Task
+from sfl.types import StateTree
 
 
 class Engine(ABC):
@@ -47,10 +48,28 @@ class Engine(ABC):
     def cancel(self, ticket: int) -> None:
         """Let go of what is outstanding of a send: sites may leave it undone, replies that come are dropped."""
 
-    def exchange(self, task: Task, cohort: Sequence[str], timeout: float | None = None) -> Iterator[Reply]:
+    def present(self, at_least: int) -> list[str]:  # noqa: ARG002
+        """Sites that could begin a task now, sorted; it may wait until there are ``at_least`` so many."""
+        return self.clients()
+
+    def remembers(self) -> StateTree:
+        """What a run that goes on must know of this engine; goes into its checkpoint."""
+        return None
+
+    def recall(self, state: StateTree) -> None:  # noqa: B027 - most have nothing to recall
+        """Go on from what an engine of this kind remembered."""
+
+    def simulated_seconds(self) -> float | None:
+        """Simulated time since the run began; ``None`` where time is real."""
+        return None
+
+    def exchange(
+        self, task: Task, cohort: Sequence[str], timeout: float | None = None, *, enough: int = 0
+    ) -> Iterator[Reply]:
         """Send to all of ``cohort``; yield exactly one reply for each, in the order of ``cohort``.
 
-        Sites that have not answered within ``timeout`` are late. An engine whose replies arrive in the order in which
+        Sites that have not answered within ``timeout``, or before ``enough`` others sent an update (0 waits for all),
+        are late. An engine whose replies arrive in the order in which
         it was given the sites (the local one) streams; for others, early arrivals wait for their turn, as copies. What
         arrives from a site outside the cohort, or a second time from one, is not part of the round.
         """
@@ -58,6 +77,7 @@ class Engine(ABC):
         try:
             open_sites = dict.fromkeys(cohort)
             waiting: dict[str, Reply] = {}
+            used = 0
             for reply in self.replies(timeout, ticket=ticket):
                 if reply.site not in open_sites or reply.site in waiting:
                     continue
@@ -66,9 +86,12 @@ class Engine(ABC):
                 while (site := next(iter(open_sites), None)) in waiting:
                     del open_sites[site]
                     yield waiting.pop(site)
+                used += reply.status is Status.USED
                 del reply  # what it holds is let go before the next is drawn
+                if 0 < enough <= used:
+                    break
             for site in open_sites:
-                yield waiting[site] if site in waiting else late(site, timeout)
+                yield waiting[site] if site in waiting else _missing(site, timeout, used if enough else 0)
         finally:
             self.cancel(ticket)
 
@@ -100,6 +123,10 @@ def owned(reply: Reply) -> Reply:
         return reply
     update = dataclasses.replace(reply.update, delta=arrays.copy(reply.update.delta))
     return dataclasses.replace(reply, update=update)
+
+
+def _missing(site: str, timeout: float | None, used: int) -> Reply:
+    return late(site, timeout) if not used else Reply(site, Status.LATE, reason=f"later than {used} others")
 
 
 def late(site: str, timeout: float | None) -> Reply:

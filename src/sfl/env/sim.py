@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfl.core.events import Observer
 from sfl.engine.base import Engine
+from sfl.engine.clock import VirtualClock
 from sfl.engine.local import LocalEngine
+from sfl.engine.virtual import VirtualEngine
 from sfl.env.checks import check_counts, refuse_provisioned
 from sfl.recipe import Recipe, RunResult
 from sfl.server.job import Job
@@ -28,11 +30,13 @@ class SimEnv:
         num_threads: Sites that train side by side, each worker a process of its own; by default the federation's
             ``workers``, 0 means one per GPU or core. The result has the same bits.
         device: auto, cpu, mps, cuda or cuda:N. GPUs are shared out, one worker each.
+        clock: How long sites take in simulated time, and when they are there; by default time is as it is.
     """
 
     num_clients: int | None = None
     num_threads: int | None = None
     device: str = "auto"
+    clock: VirtualClock = field(default_factory=VirtualClock)
 
     def __post_init__(self) -> None:
         check_counts(self.num_clients, self.num_threads)
@@ -44,13 +48,17 @@ class SimEnv:
         return run_job(recipe.build(), self.engine, out=out, resume=resume, observers=observers)
 
     def engine(self, job: Job, sites_folder: Path | None) -> Engine:
-        """One process for one worker, a pool of processes for more.
+        """One process for one worker, a pool of processes for more; in simulated time if there is a clock.
 
         Raises:
             ConfigError: If the device is not there.
         """
+        names = site_names(self.num_clients or job.federation.num_clients)
+        carrier = self._carrier(job, names, sites_folder)
+        return VirtualEngine(carrier, self.clock.profiles(names, job.federation.seed)) if self.clock.is_on else carrier
+
+    def _carrier(self, job: Job, names: Sequence[str], sites_folder: Path | None) -> Engine:
         federation = job.federation
-        names = site_names(self.num_clients or federation.num_clients)
         wanted = federation.workers if self.num_threads is None else self.num_threads
         devices = devices_of_workers(wanted, len(names), self.device)
         if len(devices) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from sfl.engine.clock import VirtualClock
 from sfl.errors import ConfigError
 from sfl.privacy.config import PrivacyConfig
 from sfl.server.config import AlgorithmConfig
@@ -63,6 +64,7 @@ class ESM2RunConfig:
         federation: Who takes part, and for how long.
         client: How a site trains.
         algorithm: Which federated algorithm.
+        simulation: How long sites take in simulated time, for the backend sim.
         privacy: Its protections.
         logging: What the run says, and where it writes.
     """
@@ -70,5 +72,6 @@ class ESM2RunConfig:
     federation: FederationConfig = field(default_factory=lambda: FederationConfig(workers=0))
     client: ESM2ClientConfig = field(default_factory=ESM2ClientConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    simulation: VirtualClock = field(default_factory=VirtualClock)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

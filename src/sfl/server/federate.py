@@ -61,7 +61,7 @@ def federate(job: Job, engine: Engine, *, state: ServerState | None = None, hook
 
 def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     job = run.job
-    task, cohort = algorithm.plan(state, run.clients)
+    task, cohort = algorithm.plan(state, run.engine.present(job.federation.planned_sites))
     run.look_at(state)
     run.emit(RoundStarted(round=task.round, cohort=tuple(cohort)))
     told = job.server_chain.tells(state.mechanisms)

@@ -26,7 +26,19 @@ from sfl.core.events import (
     SiteLogged,
     StageStarted,
 )
-from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, NUM_UPDATES, SERVER, SPENT, Reply, Status, Task, Update
+from sfl.core.task import (
+    EVALUATE,
+    EXAMPLE_EPSILON,
+    FIT,
+    NUM_UPDATES,
+    SERVER,
+    SIMULATED_SECONDS,
+    SPENT,
+    Reply,
+    Status,
+    Task,
+    Update,
+)
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted, CompositionError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
@@ -92,6 +104,8 @@ class Run:
             remembers = self.job.aggregator.init(carried)
             state = replace(state, mechanisms=self.job.server_chain.init(sent), aggregator=remembers)
         self._aggregator = state.aggregator
+        if state.engine is not None:
+            self.engine.recall(state.engine)
         for memory, kept in zip(self._memories, state.callbacks, strict=False):
             memory.update(copy.deepcopy(kept) if isinstance(kept, dict) else {})
         self._examples = said_of_examples(state)
@@ -196,7 +210,9 @@ class Run:
         """The usable updates in site order; every planned site is recorded, whatever became of it."""
         self.announce_task(task, cohort)
         expected = self._sendable(task)
-        replies = self.engine.exchange(task, cohort, self.job.federation.round_timeout or None)
+        federation = self.job.federation
+        enough = federation.wait_for if task.name != EVALUATE else 0
+        replies = self.engine.exchange(task, cohort, federation.round_timeout or None, enough=enough)
         while True:
             started = time.perf_counter()
             try:
@@ -279,6 +295,8 @@ class Run:
         evaluation, central = self._evaluate(state, ask_sites=ask_sites) if evaluate else ({}, {})
         state = self._scored(state, {**evaluation, **central})
         self.look_at(state)
+        simulated = self.engine.simulated_seconds()
+        fit = fit if simulated is None else {**fit, SIMULATED_SECONDS: simulated}
         self.emit(
             RoundFinished(
                 round=state.round,
@@ -296,6 +314,7 @@ class Run:
         state = replace(
             state,
             aggregator=self._aggregator,
+            engine=self.engine.remembers(),
             callbacks=copy.deepcopy(self._memories),
             stopped=self._stopped,
             examples=dict(self._examples) or None,

@@ -124,6 +124,11 @@ class FedAvg(Algorithm):
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
         """The global parameters, to a sample of the sites."""
         round = state.round + 1
+        if self.turns > 1:
+            kept: dict[str, Any] = state.algorithm or {}
+            everybody: list[str] = kept.get("sites", list(clients))
+            turn = [site for index, site in enumerate(everybody) if (round - 1 - index) % self.turns == 0]
+            return Task(FIT, round, state.parameters, self._told(round)), [s for s in turn if s in clients]
         return Task(FIT, round, state.parameters, self._told(round)), self._cohort(round, clients)
 
     def _told(self, round: int) -> Config:
@@ -134,8 +139,6 @@ class FedAvg(Algorithm):
         if self.poisson:
             draw = secrets.SystemRandom().random
             return [client for client in clients if draw() < self.fraction_fit]
-        if self.turns > 1:
-            return [client for index, client in enumerate(clients) if (round - 1 - index) % self.turns == 0]
         generator = rng.public(self.seed, round, "cohort")
         weights = [self.weights.get(client, 0.0) for client in clients] if self.weights else None
         return sample_cohort(clients, self.fraction_fit, self.min_clients, generator, weights)
