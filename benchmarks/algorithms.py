@@ -45,7 +45,7 @@ KINDS: dict[str, Kind] = {
     "FedAvg": (FedAvgRecipe, {}),
     "FedProx, μ = 0.1": (FedProxRecipe, {"proximal_mu": 0.1}),
     "FedAvgM, β = 0.6": (FedOptRecipe, {"optimizer": "momentum", "beta1": 0.6, "server_learning_rate": 1.0}),
-    "FedAdam, η = 0.03": (FedOptRecipe, {"optimizer": "adam", "server_learning_rate": 0.03, "tau": 0.01}),
+    "FedAdam, η = 0.01": (FedOptRecipe, {"optimizer": "adam", "server_learning_rate": 0.01}),
     "SCAFFOLD": (ScaffoldRecipe, {}),
     "Ditto, global model": (DittoRecipe, {"personal_lambda": 0.5}),
     "cyclic": (CyclicRecipe, {}),
