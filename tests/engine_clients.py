@@ -19,6 +19,8 @@ log = logging.getLogger("my.own.client")
 class Remembers(BaseFederatedClient):
     """Moves every array a little, by a number it remembers from round to round; logs; fails where it is told to."""
 
+    honours = frozenset({"drift"})
+
     def __init__(self, client_id: int = 0, device: str = "cpu", *, fails: Iterable[tuple[int, int]] = ()) -> None:
         super().__init__(client_id=client_id, device=device)
         self.fails = {tuple(pair) for pair in fails}
@@ -29,10 +31,14 @@ class Remembers(BaseFederatedClient):
         self.state["seen"] = self.state.get("seen", 0) + 1
         log.info("%s trains for the %s. time", self.site, self.state["seen"])
         step = self.state["seen"] * (self.client_id + 1)
+        added = self.terms.added(parameters)
         updated = {
-            name: value + step if value.dtype.kind in "iu" else value * value.dtype.type(1 + 1e-3 * step)
+            name: value + step
+            if value.dtype.kind in "iu"
+            else value * value.dtype.type(1 + 1e-3 * step) - value.dtype.type(0.1) * added[name]
             for name, value in parameters.items()
         }
+        self.travelled = 0.1
         return updated, 3 + self.client_id, {"loss": float(np.sum(parameters["w"])) + self.client_id / 3}
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:

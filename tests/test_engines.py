@@ -21,6 +21,7 @@ import pytest
 import digits_client
 import engine_clients as clients
 import workflows
+from algorithm_clients import Steered
 from sfl.core.events import Event, RoundFinished, SiteFinished, SiteLogged
 from sfl.core.task import Status
 from sfl.engine.guard import MARK
@@ -31,7 +32,16 @@ from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.model import BUNDLED, find_model
 from sfl.esm2.server import esm2_recipe
 from sfl.privacy.filters import ErrorFeedback, TopK
-from sfl.recipe import FedAvgRecipe, Recipe, RunResult, WorkflowRecipe
+from sfl.recipe import (
+    DittoRecipe,
+    FedAvgRecipe,
+    FedBuffRecipe,
+    Recipe,
+    RunResult,
+    ScaffoldRecipe,
+    SwarmRecipe,
+    WorkflowRecipe,
+)
 from sfl.server.app import sum_recipe
 from sfl.server.callbacks import EarlyStopping
 from sfl.types import FederationConfig
@@ -44,7 +54,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def remembers(*, fails: tuple[tuple[int, int], ...] = (), rounds: int = 2) -> FedAvgRecipe:
-    return FedAvgRecipe(
+    return ScaffoldRecipe(  # an algorithm that sends more than the model, and whose sites remember
         name="remembers",
         client=clients.Remembers,
         client_kwargs={"fails": fails},
@@ -88,6 +98,16 @@ def mixes() -> WorkflowRecipe:
         federation=FederationConfig(num_clients=3, num_rounds=2),
         workflow=workflows.Mixed(),
         callbacks=(EarlyStopping(patience=5),),
+    )
+
+
+def steered(kind: Callable[..., FedAvgRecipe], **options: object) -> FedAvgRecipe:
+    return kind(
+        name="steered",
+        client=Steered,
+        initial_parameters={"w": np.ones(3), "n": np.array(0)},
+        federation=FederationConfig(num_clients=3, num_rounds=2),
+        **options,
     )
 
 
@@ -140,7 +160,11 @@ JOBS: dict[str, Callable[[], Recipe]] = {
     "script": script,
     "mixes": mixes,
     "remembers": lambda: remembers(fails=((1, 2),)),
+    "ditto": lambda: steered(DittoRecipe),
+    "swarm": lambda: steered(SwarmRecipe),
+    "fedbuff": lambda: steered(FedBuffRecipe, buffer=3),
 }
+EVERYWHERE = ("proteins", "digits", "sum", "script", "mixes", "remembers")
 
 
 @cache
@@ -152,7 +176,10 @@ def in_process(job: str) -> RunResult:
 @pytest.mark.parametrize(
     ("job", "env"),
     [
-        *((job, env) for job in JOBS for env in [*SIMULATORS, *DEPLOYMENTS]),
+        *((job, env) for job in EVERYWHERE for env in [*SIMULATORS, *DEPLOYMENTS]),
+        ("ditto", FlowerSimEnv),
+        ("swarm", FlareSimEnv),
+        ("fedbuff", FlowerEnv),
         *((job, FlowerInFlareEnv) for job in ("proteins", "digits", "sum", "script")),
     ],
 )
