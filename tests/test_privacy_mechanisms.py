@@ -286,6 +286,27 @@ def test_the_noise_of_a_round_is_where_and_as_large_as_it_is_said(where: Any, si
     assert normality(w - mean, sigma * 1.5) < 1e-12
 
 
+@pytest.mark.parametrize("where", ["central", "distributed"])
+def test_rounding_in_a_sum_of_many_sites_moves_it_no_further_than_is_booked(where: Any) -> None:
+    """One site puts the sum past a power of two, where a float32 is coarser: there it rounds what follows away."""
+    ones, last = np.float32([1.0]), np.float32([-0.6 * 2.0**-11])
+    values = [*[ones] * 8191, np.float32([2.0**-10]), *[last] * 1800]
+    mechanism = GaussianMechanism(clip_norm=1.0, noise_multiplier=1.0, where=where, shares=2 * (where != "central"))
+    job = FedAvgRecipe(
+        name="sum",
+        client=clients.Base,
+        initial_parameters={"w": ones},
+        federation=FederationConfig(num_clients=10_000, min_available_clients=2),
+        mechanisms=(mechanism,),
+    ).build()
+
+    def total(values: list[np.ndarray]) -> float:
+        aggregate = job.aggregator.aggregate(Update("site", {"w": value}, 1.0) for value in values)
+        return float(aggregate.delta["w"][0]) * (1.0 if where == "central" else aggregate.weight)
+
+    assert abs(total([ones, *values]) - total(values)) <= 1.0 + SLACK
+
+
 def test_a_budget_ends_the_run_before_the_round_that_would_pass_it(tmp_path: Any) -> None:
     mechanism = GaussianMechanism(clip_norm=1.0, noise_multiplier=1.0)
     budget = PrivacyBudget(max_epsilon=8.0)

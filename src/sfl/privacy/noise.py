@@ -2,8 +2,8 @@
 
 Noise of plain floating point leaks through its low bits what it should hide (Mironov, CCS 2012). Here sum and noise are
 both rounded to multiples of one power of two, far below σ, so that the low bits of what is released say nothing. That
-rounding moves a sum of d coordinates by at most grid · √d, and adding up n updates in float32 by about n · 2^-24 of the
-clip bound; `SLACK` covers both for d up to 2^40, z up to 1,000 and n up to 10,000.
+rounding moves a sum of d coordinates by at most grid · √d, and adding up n updates in float64 by at most n² · 2^-53 of
+the clip bound; `SLACK` covers both for d up to 2^38, z up to 1,000 and n up to a million.
 """
 
 from __future__ import annotations

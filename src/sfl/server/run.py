@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sfl.core import arrays, sparse
-from sfl.core.aggregator import sum_dtype
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -343,4 +342,5 @@ def said_of_examples(state: ServerState | None) -> dict[str, float]:
 
 
 def _zeros(parameters: Parameters) -> Parameters:
-    return {name: np.zeros(value.shape, sum_dtype(value)) for name, value in parameters.items()}
+    """As wide as what is noised, so that rounding does not show which arrays somebody sent."""
+    return {name: np.zeros(value.shape) for name, value in parameters.items()}
