@@ -13,6 +13,7 @@ from scipy import stats
 
 import clients
 from sfl.core import rng
+from sfl.core.events import AggregationFinished
 from sfl.core.mechanism import Mechanism
 from sfl.core.task import Update
 from sfl.env import SimEnv
@@ -23,6 +24,7 @@ from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.correlated import BandedMechanism, CorrelatedNoise, coefficients
 from sfl.privacy.dp import GaussianMechanism
+from sfl.privacy.ledger import PrivacyLedger
 from sfl.privacy.runner_utils import build_protections, cost
 from sfl.privacy.shuffle import ShuffledGaussian, shuffled_delta, shuffled_epsilon
 from sfl.recipe import FedAvgRecipe
@@ -201,6 +203,31 @@ def test_turns_are_kept_apart_and_charged_to_those_whose_turn_it_was() -> None:
     three = PrivacyAccountant(delta=1e-5).epsilon([event(2.0, count=3)])
     assert guarantee.epsilon == pytest.approx(three, rel=2e-3)
     assert isinstance(build_protections(config, recipe.federation).mechanisms[0], BandedMechanism)
+
+
+def test_a_repeated_round_of_correlated_noise_is_charged_to_the_turns_before_it_too(tmp_path: Any) -> None:
+    """By brute force over the releases of both attempts: they share a past, so it is seen through two draws."""
+    mechanism = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
+    recipe = job(mechanism, size=4, num_rounds=5, fraction_fit=0.5, sampling="turns")
+    out = tmp_path / "run"
+
+    def stop(event: Any) -> None:
+        if isinstance(event, AggregationFinished) and event.round == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        recipe.execute(SimEnv(device="cpu"), out=out, observers=(stop,))
+    recipe.execute(SimEnv(device="cpu"), out=out, resume=True)
+    attempts = [1, 2, 3, 3, 4, 5]  # rounds; the attempt before each is its parent, but that of the second 3 is 2
+    parents = [None, 0, 1, 1, 3, 4]
+    column = coefficients(2)
+    matrix = np.eye(6) + np.array([[column[1] * (parents[i] == j) for j in range(6)] for i in range(6)])
+    events = PrivacyLedger(out / "ledger.jsonl").events
+    for turn in (1, 2):
+        moved = matrix @ [float(round % 2 == turn % 2) for round in attempts]
+        true = 2.0 * float(np.linalg.norm(column) / np.linalg.norm(moved))
+        own = [replace(e, group="") for e in events if e.group in ("", f"turn {turn} of 2")]
+        assert PrivacyAccountant(delta=1e-5).epsilon(own) >= PrivacyAccountant(delta=1e-5).epsilon([event(true)])
 
 
 def test_sites_that_take_turns_must_stay_the_same(tmp_path: Any) -> None:

@@ -95,8 +95,9 @@ class BandedMechanism(Mechanism):
     def event(self, cohort: int, population: int) -> DpEvent:
         """One turn of a site.
 
-        A round that is repeated after a crash draws new noise on top of the same past, and is one more release of at
-        least this noise: it is charged once more.
+        A round that is repeated after a crash draws new noise on top of the same past. It is one more release of at
+        least this noise for those whose turn it is, and a second look at those of the ``bands`` − 1 turns before: each
+        is moved by no more than ‖c‖ in it. So it is charged once more, to all.
         """
         return replace(self._plain().event(cohort, population), mechanism="banded matrix factorisation")
 
