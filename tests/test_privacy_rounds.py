@@ -239,6 +239,9 @@ def test_sites_that_take_turns_must_stay_the_same(tmp_path: Any) -> None:
     other = replace(recipe, federation=replace(recipe.federation, num_rounds=4, num_clients=6))
     with pytest.raises(ConfigError, match="sites that take turns must be those that the run began with"):
         other.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    slower = replace(recipe, federation=replace(recipe.federation, num_rounds=4, fraction_fit=0.25))
+    with pytest.raises(ConfigError, match="as many turns as the run began with, 2, got 4"):
+        slower.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
     for wrong in ({"fraction_fit": 0.1}, {"fraction_fit": 0.5, "min_available_clients": 3}):
         with pytest.raises(ConfigError, match=r"turns|of a turn"):
             FederationConfig(num_clients=4, sampling="turns", **wrong)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -75,20 +76,27 @@ class FedAvg(Algorithm):
         return ServerState(round=0, parameters=parameters)
 
     def joined(self, state: ServerState, clients: Sequence[str]) -> ServerState:
-        """With the sites, if they take turns: another site in the list would shift everybody's.
+        """With the sites and the turns: another site in the list, or fewer turns, would shift everybody's, and what was
+        charged to one turn would no longer be all that its sites have spent.
 
         Raises:
             ConfigError: If the run began with others.
         """
         if self.turns == 1:
             return state
-        began = state.algorithm["sites"] if isinstance(state.algorithm, dict) else list(clients)
+        kept: dict[str, Any] = state.algorithm if isinstance(state.algorithm, dict) else {}
+        if (turns := kept.get("turns", self.turns)) != self.turns:
+            raise ConfigError(
+                f"sites must take as many turns as the run began with, {turns}, got {self.turns}. "
+                "Set fraction_fit back, or start a new run."
+            )
+        began = kept.get("sites", list(clients))
         if began != list(clients):
             raise ConfigError(
                 f"sites that take turns must be those that the run began with, {began}, got {list(clients)}. "
                 "Bring them back, or start a new run."
             )
-        return replace(state, algorithm={"sites": list(clients)})
+        return replace(state, algorithm={"sites": list(clients), "turns": self.turns})
 
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
         """The global parameters, to a sample of the sites."""
