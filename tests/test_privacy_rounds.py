@@ -159,7 +159,7 @@ def test_the_noise_of_all_rounds_is_the_inverse_factor_times_white_noise(bands: 
     for _ in range(rounds):
         out, state = noise.apply(Update("server", {"w": np.zeros(4_000)}, 1.0), state, RNG)
         added.append(out.delta["w"])
-    assert len(state) == bands - 1
+    assert len(state["past"]) == bands - 1
     white = factor(bands, rounds) @ np.stack(added)
     assert normality(white.ravel(), sigma) > 1e-4
     assert normality(white.ravel(), sigma * 1.5) < 1e-12
@@ -203,6 +203,20 @@ def test_turns_are_kept_apart_and_charged_to_those_whose_turn_it_was() -> None:
     three = PrivacyAccountant(delta=1e-5).epsilon([event(2.0, count=3)])
     assert guarantee.epsilon == pytest.approx(three, rel=2e-3)
     assert isinstance(build_protections(config, recipe.federation).mechanisms[0], BandedMechanism)
+
+
+@pytest.mark.parametrize("change", [{"noise_multiplier": 1.0}, {"clip_norm": 0.1}, {"bands": 1}])
+def test_correlated_noise_goes_on_as_it_began(tmp_path: Any, change: dict[str, Any]) -> None:
+    """What a turn has cost counts on the noise of the rounds after it."""
+    mechanism = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
+    recipe = job(mechanism, size=4, num_rounds=3, fraction_fit=0.5, sampling="turns")
+    recipe.execute(SimEnv(device="cpu"), out=tmp_path / "run")
+    federation = replace(recipe.federation, num_rounds=4)
+    changed = replace(recipe, mechanisms=(replace(mechanism, **change),), federation=federation)
+    with pytest.raises(ConfigError, match="must go on as it began"):
+        changed.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    result = replace(recipe, federation=federation).execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    assert result.state.round == 4
 
 
 def test_a_repeated_round_of_correlated_noise_is_charged_to_the_turns_before_it_too(tmp_path: Any) -> None:
