@@ -17,7 +17,7 @@ from sfl.core.events import AggregationFinished
 from sfl.core.mechanism import Mechanism
 from sfl.core.task import Update
 from sfl.env import SimEnv
-from sfl.errors import CompositionError, ConfigError, RoundError
+from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.accountant import PrivacyAccountant, guarantees, worst_off
 from sfl.privacy.adaptive_clip import COUNT, AdaptiveClip, delta_noise_multiplier
 from sfl.privacy.budget import PrivacyBudget
@@ -74,6 +74,25 @@ def test_earlier_runs_add_the_worst_of_each() -> None:
     assert "with 1 earlier run on data set d: ε = " in budget.statement(run, [run])[-1]
     assert "no earlier private run" in budget.statement(run)[-1]
     assert "not counted" in PrivacyBudget().statement(run)[-1]
+
+
+def test_runs_of_other_claims_on_the_same_data_count_as_what_all_of_them_claim() -> None:
+    """Another mode must not begin a budget anew: its releases are of the same data."""
+    budget = PrivacyBudget(delta=1e-6, dataset="d", max_epsilon=5.0)
+    server, own = event(2.0), event(3.0, adjacency="replace_one", adversary="server_curious")
+    (alone,) = budget.spent([own])
+    (both,) = budget.spent([own], [[server]])
+    assert (both.adjacency, both.adversary) == ("replace_one", "server_trusted")
+    gaussian = 2.0 * math.sqrt(1 / 2.0**2 + 1 / 3.0**2)  # both move by twice the bound
+    assert both.epsilon == pytest.approx(PrivacyAccountant(delta=1e-6).epsilon([event(1 / gaussian)]), rel=1e-2)
+    assert alone.epsilon < budget.max_epsilon < both.epsilon
+    budget.check([own])
+    with pytest.raises(BudgetExhausted, match="with earlier runs on the same data"):
+        budget.check([own], [[server]])
+    assert "neighbours differ by replacing" in budget.statement([own], [[server]])[-1]
+    kept = [event(3.0, adjacency="replace_one", adversary="server_curious", epsilon=0.1), server]
+    (common,) = budget.spent([server], [kept])  # what holds against the server in one run alone holds in neither
+    assert common.epsilon == pytest.approx(PrivacyAccountant(delta=1e-6).epsilon([replace(server, count=2)]))
 
 
 def test_a_second_run_on_the_same_data_is_stopped_by_what_the_first_has_spent() -> None:
