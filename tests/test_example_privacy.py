@@ -145,6 +145,16 @@ def test_an_edited_site_ledger_is_refused_by_its_site(tmp_path: Path) -> None:
         )
 
 
+def test_a_site_whose_ledger_has_forgotten_what_it_spent_is_not_used(tmp_path: Path) -> None:
+    first = recipe(rounds=2).execute(out=tmp_path / "run")
+    (tmp_path / "run" / "sites" / "site-2" / "ledger.jsonl").write_text("")
+    both = FederationConfig(num_clients=2, num_rounds=3, min_available_clients=2)
+    with pytest.raises(RoundError, match=r"site-2: its own ledger must go on from the ε = .* that it has told"):
+        recipe(federation=both).execute(out=tmp_path / "run", resume=True)
+    result = recipe(rounds=3).execute(out=tmp_path / "run", resume=True)
+    assert result.state.examples["site-2"] == first.state.examples["site-2"]
+
+
 @pytest.mark.parametrize("client", [Silent, Careless])
 def test_a_client_that_does_not_say_what_it_costs_is_not_trained(client: type) -> None:
     with pytest.raises(RoundError):
