@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfl.errors import ConfigError, ModelError
 from sfl.privacy import noise
 from sfl.train.per_example import Recorder, recording, trained_parameters
-from sfl.train.trainer import Batch, BatchLoss, Outcome, Tally, adamw, evaluate
+from sfl.train.trainer import Batch, BatchLoss, Outcome, Tally, adamw, evaluate, seed_draws
 
 __all__ = ["Clipping", "ExampleLosses", "PrivateTrainer"]
 
@@ -110,8 +110,8 @@ class PrivateTrainer(Generic[Batch]):
             ModelError: If there was no sample, or the module cannot be trained so; see ``recording``.
         """
         module.train()
-        torch.default_generator.manual_seed(seed)
         parameters = trained_parameters(module)
+        seed_draws(next(iter(parameters.values())).device, seed)
         optimizer = adamw(list(parameters.values()), self.learning_rate, self.weight_decay)
         tally = Tally(next(iter(parameters.values())).device)
         steps = examples = 0
