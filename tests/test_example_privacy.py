@@ -134,6 +134,17 @@ def test_a_resumed_run_and_a_second_one_on_the_same_data_count_on(tmp_path: Path
     assert second.state.examples["site-1"] == pytest.approx(spent(0.01, 40))
 
 
+@pytest.mark.parametrize("began", [None, PrivacyBudget(delta=1e-5)])
+def test_a_run_does_not_go_on_with_another_promise_to_examples(tmp_path: Path, began: PrivacyBudget | None) -> None:
+    """What it says at its end would be of some rounds alone."""
+    quiet = {"evaluate_every": 0}
+    recipe(rounds=1, example_budget=began, **quiet).execute(out=tmp_path / "run")
+    other = None if began is not None else PrivacyBudget(delta=1e-5)
+    with pytest.raises(ConfigError, match="must go on with the protection that it was begun with"):
+        recipe(rounds=2, example_budget=other, **quiet).execute(out=tmp_path / "run", resume=True)
+    assert recipe(rounds=2, example_budget=began, **quiet).execute(out=tmp_path / "run", resume=True).state.round == 2
+
+
 def test_an_edited_site_ledger_is_refused_by_its_site(tmp_path: Path) -> None:
     job = recipe(rounds=1)
     job.execute(out=tmp_path / "run")

@@ -298,7 +298,7 @@ class Run:
         )
         self.sites, self.sent, self.received = [], 0, 0
         self.seconds.clear()
-        examples: StateTree = dict(self._examples) or None
+        examples: StateTree = dict(self._examples) if self.job.program.example_budget is not None else None
         state = replace(state, callbacks=copy.deepcopy(self._memories), stopped=self._stopped, examples=examples)
         if self.hooks.save is not None:
             with self.timed("checkpoint"):
