@@ -515,6 +515,7 @@ def test_a_rule_can_be_taught() -> None:
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"expected_batch_size": math.inf}, "expected_batch_size must be positive"),
         ({"noise_multiplier": -1.0}, "noise_multiplier must be finite and 0 or more, got -1.0"),
+        ({"clip_norm": 1e-320, "noise_multiplier": 1.0}, "sigma must be 0, or between 1e-250 and 1e250"),
         ({"clipping": "fast"}, "clipping must be hooks or ghost, got 'fast'"),
     ],
 )

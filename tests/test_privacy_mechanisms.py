@@ -107,7 +107,7 @@ def test_edge_cases_of_noise() -> None:
     same = add_noise(values, 0.0, secret())
     assert all(np.array_equal(same[name], values[name]) for name in values)
     for wrong in (-1.0, math.inf, math.nan):
-        with pytest.raises(ConfigError, match="sigma must be finite"):
+        with pytest.raises(ConfigError, match="sigma must be 0, or between"):
             add_noise(values, wrong, secret())
 
 
@@ -201,6 +201,27 @@ def event(noise: float, rate: float = 1.0, count: int = 1, **changes: Any) -> Dp
         count=count,
     )
     return replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    ("what", "epsilon"),
+    [
+        (event(0.0, epsilon=1000.0, count=3), 3000.0),  # such as a private selection costs that leaves something of it
+        (event(1e-9), 5e17),
+        (event(1e-9, adjacency="replace_one"), 2e18),
+        (event(1e-300), math.inf),
+        (event(1e300), 0.0),
+    ],
+)
+def test_an_epsilon_that_is_too_large_to_compute_with_is_still_said(what: DpEvent, epsilon: float) -> None:
+    assert PrivacyAccountant(delta=1e-5).epsilon([what]) == pytest.approx(epsilon, rel=1e-3)
+    assert math.isinf(PrivacyAccountant(delta=1e-5).epsilon([event(0.0, epsilon=1e4, delta=1e-4)]))
+
+
+def test_the_closed_form_is_an_upper_bound_where_both_can_be_had() -> None:
+    for each in (event(0.05), event(0.1, count=4), event(0.2, rate=0.1), event(0.3, adjacency="replace_one")):
+        counted = {replace(each, count=1): each.count}
+        assert accounting._closed_form(counted, 1e-5) >= 0.99 * PrivacyAccountant(delta=1e-5).epsilon([each])
 
 
 @pytest.mark.parametrize("method", ["pld", "prv"])
@@ -412,6 +433,8 @@ def test_a_mechanism_that_cannot_be_is_refused() -> None:
         ({"sampling_rate": 0.0}, "sampling_rate must be in"),
         ({"where": "local", "sampling_rate": 0.5}, "sampling_rate must be 1 for local noise"),
         ({"clip_norm": -1.0}, "a clip bound must be positive"),
+        ({"clip_norm": 1e-320}, "sigma must be 0, or between 1e-250 and 1e250"),
+        ({"clip_norm": 1e308, "noise_multiplier": 10.0}, "sigma must be 0, or between 1e-250 and 1e250"),
     ):
         with pytest.raises(ConfigError, match=message):
             GaussianMechanism(**({"clip_norm": 1.0, "noise_multiplier": 1.0} | wrong))  # type: ignore[arg-type]

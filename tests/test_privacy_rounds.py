@@ -110,6 +110,7 @@ def test_a_second_run_on_the_same_data_is_stopped_by_what_the_first_has_spent() 
 
 def test_the_share_of_the_update_is_the_papers() -> None:
     assert delta_noise_multiplier(1.0, 5.0) == pytest.approx(1.0050378, abs=1e-7)
+    assert delta_noise_multiplier(1e200, 1e200) == pytest.approx(1e200 / math.sqrt(0.75))
     for wrong in (0.5, 0.0):
         with pytest.raises(ConfigError, match="a quantile without noise is not private"):
             delta_noise_multiplier(1.0, wrong)

@@ -90,6 +90,7 @@ class PrivateTrainer(Generic[Batch]):
                 raise ConfigError(f"{name} must be positive and finite, got {value}.")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
             raise ConfigError(f"noise_multiplier must be finite and 0 or more, got {self.noise_multiplier}.")
+        noise.check_sigma(self.noise_multiplier * self.sensitivity)
         if self.clipping not in ("hooks", "ghost"):
             raise ConfigError(f"clipping must be hooks or ghost, got {self.clipping!r}.")
 
