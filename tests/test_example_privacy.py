@@ -92,6 +92,7 @@ def test_each_site_is_charged_before_it_trains_and_says_what_it_has_spent(tmp_pa
             assert each[EXAMPLE_EPSILON] == pytest.approx(spent(rate, 10 * round))
     assert result.rounds[-1].fit[EXAMPLE_EPSILON] == pytest.approx(spent(0.02, 30)), "that of the site worst off"
     assert "for each example of a site" in notices(events)
+    assert "by its own ledger when its last update came, without earlier runs" in notices(events)
     written = json.loads((run / "privacy.json").read_text())
     assert written["examples"]["sites"]["site-2"] == pytest.approx(spent(0.02, 30))
     assert written["guarantees"] == []
@@ -130,7 +131,9 @@ def test_a_resumed_run_and_a_second_one_on_the_same_data_count_on(tmp_path: Path
     recipe(rounds=2, example_budget=budget).execute(out=tmp_path / "one")
     result = recipe(rounds=3, example_budget=budget).execute(out=tmp_path / "one", resume=True)
     assert result.state.examples["site-1"] == pytest.approx(spent(0.01, 30))
-    second = recipe(rounds=1, example_budget=budget).execute(out=tmp_path / "two")
+    events: list[Any] = []
+    second = recipe(rounds=1, example_budget=budget).execute(out=tmp_path / "two", observers=(events.append,))
+    assert "with earlier runs on data set wards" in notices(events)
     assert second.state.examples["site-1"] == pytest.approx(spent(0.01, 40))
 
 

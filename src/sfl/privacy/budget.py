@@ -164,7 +164,8 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     if not epsilons:
         return []
     worst = max(epsilons.values())
-    said = f"the largest of {len(epsilons)} sites, each by its own ledger" if len(epsilons) > 1 else "by its own ledger"
+    said = f"the largest of {len(epsilons)} sites, each " if len(epsilons) > 1 else ""
+    runs = f"with earlier runs on data set {budget.dataset}" if budget.dataset else "without earlier runs on this data"
     if math.isinf(worst):
         head = "privacy: no formal guarantee for an example: there was no noise that can be accounted"
     else:
@@ -173,8 +174,8 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     return [
         head,
         f"hidden: {_UNITS['example', 'add_remove']}; {_ADJACENCY['add_remove'].format(unit='example')}",
-        f"{_ADVERSARY['server_curious']}, and against other sites; {said}; "
-        "how many examples a site has is taken to be public",
+        f"{_ADVERSARY['server_curious']}, and against other sites; {said}by its own ledger when its last update came, "
+        f"{runs}; how many examples a site has is taken to be public",
     ]
 
 
