@@ -411,6 +411,7 @@ def test_options_become_a_mechanism_and_a_budget() -> None:
         ({"dp_delta": 1.0}, "dp_delta must be in"),
         ({"dp_mode": "both"}, "dp_mode must be server, client or local"),
         ({"dp_accountant": "gdp"}, "dp_accountant must be pld or prv"),
+        ({"dataset_id": "a" * 61, "dpsgd": True}, "dataset_id must be at most 60 letters"),
         ({"dp": True, "dp_target_epsilon": 0.0}, "dp_target_epsilon must be positive"),
         ({"dp_max_epsilon": 1.0}, "must come with dp"),
         ({"dp_mechanism": "laplace"}, "dp_mechanism must be gaussian or banded-mf"),

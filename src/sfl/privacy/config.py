@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,12 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
             ("dp_bands", self.dp_bands, self.dp_bands is None or self.dp_bands >= 1, "at least 1"),
             ("dp_target_quantile", self.dp_target_quantile, 0.0 < self.dp_target_quantile < 1.0, "in (0, 1)"),
             ("dp_accountant", self.dp_accountant, self.dp_accountant in ("pld", "prv"), "pld or prv"),
+            (
+                "dataset_id",
+                self.dataset_id,
+                re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,59})?", self.dataset_id) is not None,
+                "at most 60 letters, digits, dots, dashes and underscores",
+            ),
         )
         for name, value, holds, rule in rules:
             if not holds:
