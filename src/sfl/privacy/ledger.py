@@ -188,7 +188,7 @@ def dataset_ledger(name: str) -> PrivacyLedger | None:
     """
     if not name:
         return None
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,127}", name):  # with a site's name
         raise ConfigError(f"a data set's name must be of letters, digits, dots, dashes and underscores, got {name!r}.")
     identity = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return PrivacyLedger(ledgers_folder() / f"{name}.jsonl", identity=identity)
