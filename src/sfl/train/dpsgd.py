@@ -42,9 +42,10 @@ class PrivateTrainer(Generic[Batch]):
     example i over all trained parameters, w_i = min(1, C/‖g_i‖) and S = C; with ``autoclip`` w_i = 1/(‖g_i‖ + 0.01) and
     S = 1 (AUTO-S: Bu, Wang, Zha and Karypis, NeurIPS 2023, §3). L is ``expected_batch_size`` whatever was drawn.
 
-    Formal guarantees: one example moves the sum by at most S in L2, apart from float32 rounding, which
-    ``sfl.privacy.noise.SLACK`` covers; so a step of a sample that takes each example by itself with probability q is
-    what ``sfl.privacy.dpsgd.dpsgd_event(z, q, 1)`` says. The outcome is not private, and not to be released.
+    Formal guarantees: one example moves the sum by at most S in L2, apart from float32 rounding, for which
+    ``sfl.privacy.noise.SLACK`` leaves a hundred times what is measured, though not the worst that could be; so a step
+    of a sample that takes each example by itself with probability q is what ``sfl.privacy.dpsgd.dpsgd_event(z, q, 1)``
+    says. The outcome is not private, and not to be released.
 
     Attributes:
         losses: Forward pass of a module on a physical batch.
