@@ -218,6 +218,11 @@ def test_an_epsilon_that_is_too_large_to_compute_with_is_still_said(what: DpEven
     assert math.isinf(PrivacyAccountant(delta=1e-5).epsilon([event(0.0, epsilon=1e4, delta=1e-4)]))
 
 
+def test_noise_that_prv_cannot_account_is_refused_in_a_sentence() -> None:
+    with pytest.raises(CompositionError, match=r"noise must be larger to be accounted by prv, got 1e-07. Use pld."):
+        PrivacyAccountant(delta=1e-5, method="prv").epsilon([event(1e-7)])
+
+
 def test_the_closed_form_is_an_upper_bound_where_both_can_be_had() -> None:
     for each in (event(0.05), event(0.1, count=4), event(0.2, rate=0.1), event(0.3, adjacency="replace_one")):
         counted = {replace(each, count=1): each.count}

@@ -119,10 +119,14 @@ class PrivacyAccountant:
         library = _library("prv_accountant")
         mechanisms = [_prv_mechanism(library, event) for event in counted]
         counts = list(counted.values())
-        accountant = library.PRVAccountant(
-            prvs=mechanisms, max_self_compositions=counts, eps_error=_PRV_ERROR, delta_error=self.delta / 1000
-        )
-        _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
+        try:
+            accountant = library.PRVAccountant(
+                prvs=mechanisms, max_self_compositions=counts, eps_error=_PRV_ERROR, delta_error=self.delta / 1000
+            )
+            _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
+        except (MemoryError, OverflowError):  # its grid is as fine for large losses as for small ones
+            least = min(event.noise_multiplier for event in counted)
+            raise CompositionError(f"noise must be larger to be accounted by prv, got {least:g}. Use pld.") from None
         return float(upper)
 
 
