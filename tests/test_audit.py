@@ -464,6 +464,10 @@ def test_the_command_audits_a_real_run(
     monkeypatch.setattr("sfl.privacy.dp.GaussianNoise", lambda _: GaussianNoise(0.0))
     assert main(["audit", str(out), "--canaries", "100"]) == 1
     assert "the ledger's claim is contradicted" in capsys.readouterr().out
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("dp_noise: 5.0", "dp_noise: 50.0"))
+    assert main(["audit", str(out), "--canaries", "100"]) == 2, "it would audit another mechanism than the run's"
+    assert "must hold what config.yaml charges" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

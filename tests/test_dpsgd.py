@@ -26,7 +26,7 @@ from sfl.train import factors
 from sfl.train.dpsgd import Clipping, ExampleLosses, PrivateTrainer
 from sfl.train.per_example import trained_parameters
 from sfl.train.rules import add_rules
-from sfl.train.trainer import BatchLoss
+from sfl.train.trainer import BatchLoss, seed_draws
 
 transformers = pytest.importorskip("transformers")
 CLIPPINGS: tuple[Clipping, ...] = ("hooks", "ghost")
@@ -219,6 +219,16 @@ def test_virtual_steps_are_one_large_batch(clipping: Clipping) -> None:
         assert (outcome.steps, outcome.examples) == (1, 6)
         ends.append({name: p.detach() for name, p in module.named_parameters()})
     assert distance(*ends) < TOLERANCE
+
+
+def test_dropout_of_a_device_is_seeded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU draws from a generator of its own, whose first seed is public."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_draws(torch.device("cuda", 1), 7)
+    assert (seeds, torch.initial_seed()) == ([7], 7)
+    seed_draws(torch.device("cpu"), 8)
+    assert (seeds, torch.initial_seed()) == ([7], 8)
 
 
 def test_a_step_is_the_clipped_sum_over_the_expected_size() -> None:
@@ -505,6 +515,7 @@ def test_a_rule_can_be_taught() -> None:
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"expected_batch_size": math.inf}, "expected_batch_size must be positive"),
         ({"noise_multiplier": -1.0}, "noise_multiplier must be finite and 0 or more, got -1.0"),
+        ({"clip_norm": 1e-320, "noise_multiplier": 1.0}, "sigma must be 0, or between 1e-250 and 1e250"),
         ({"clipping": "fast"}, "clipping must be hooks or ghost, got 'fast'"),
     ],
 )

@@ -16,7 +16,7 @@ from sfl.core.events import Notice, SiteFinished
 from sfl.core.mechanism import DpEvent
 from sfl.core.task import EXAMPLE_EPSILON, Status
 from sfl.env import SimEnv
-from sfl.errors import CompositionError, ConfigError, LedgerError, RoundError
+from sfl.errors import CompositionError, ConfigError, RoundError
 from sfl.io.console import console_observer
 from sfl.privacy.accountant import PrivacyAccountant
 from sfl.privacy.budget import PrivacyBudget
@@ -92,6 +92,7 @@ def test_each_site_is_charged_before_it_trains_and_says_what_it_has_spent(tmp_pa
             assert each[EXAMPLE_EPSILON] == pytest.approx(spent(rate, 10 * round))
     assert result.rounds[-1].fit[EXAMPLE_EPSILON] == pytest.approx(spent(0.02, 30)), "that of the site worst off"
     assert "for each example of a site" in notices(events)
+    assert "by its own ledger when its last update came, without earlier runs" in notices(events)
     written = json.loads((run / "privacy.json").read_text())
     assert written["examples"]["sites"]["site-2"] == pytest.approx(spent(0.02, 30))
     assert written["guarantees"] == []
@@ -130,19 +131,43 @@ def test_a_resumed_run_and_a_second_one_on_the_same_data_count_on(tmp_path: Path
     recipe(rounds=2, example_budget=budget).execute(out=tmp_path / "one")
     result = recipe(rounds=3, example_budget=budget).execute(out=tmp_path / "one", resume=True)
     assert result.state.examples["site-1"] == pytest.approx(spent(0.01, 30))
-    second = recipe(rounds=1, example_budget=budget).execute(out=tmp_path / "two")
+    events: list[Any] = []
+    second = recipe(rounds=1, example_budget=budget).execute(out=tmp_path / "two", observers=(events.append,))
+    assert "with earlier runs on data set wards" in notices(events)
     assert second.state.examples["site-1"] == pytest.approx(spent(0.01, 40))
 
 
-def test_an_edited_site_ledger_is_refused_by_its_site(tmp_path: Path) -> None:
+@pytest.mark.parametrize("began", [None, PrivacyBudget(delta=1e-5)])
+def test_a_run_does_not_go_on_with_another_promise_to_examples(tmp_path: Path, began: PrivacyBudget | None) -> None:
+    """What it says at its end would be of some rounds alone."""
+    quiet = {"evaluate_every": 0}
+    recipe(rounds=1, example_budget=began, **quiet).execute(out=tmp_path / "run")
+    other = None if began is not None else PrivacyBudget(delta=1e-5)
+    with pytest.raises(ConfigError, match="must go on with the protection that it was begun with"):
+        recipe(rounds=2, example_budget=other, **quiet).execute(out=tmp_path / "run", resume=True)
+    assert recipe(rounds=2, example_budget=began, **quiet).execute(out=tmp_path / "run", resume=True).state.round == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_edited_site_ledger_is_refused_by_its_site(tmp_path: Path, workers: int) -> None:
     job = recipe(rounds=1)
     job.execute(out=tmp_path / "run")
     path = tmp_path / "run" / "sites" / "site-1" / "ledger.jsonl"
     path.write_text(path.read_text().replace('"count": 10', '"count": 1'))
-    with pytest.raises((LedgerError, RoundError), match=r"ledger|withheld"):
+    with pytest.raises(RoundError, match=r"site-1: .*ledger\.jsonl line 2 must continue the hash chain"):
         recipe(rounds=2, federation=FederationConfig(num_clients=2, num_rounds=2, min_available_clients=2)).execute(
-            out=tmp_path / "run", resume=True
+            SimEnv(num_threads=workers), out=tmp_path / "run", resume=True
         )
+
+
+def test_a_site_whose_ledger_has_forgotten_what_it_spent_is_not_used(tmp_path: Path) -> None:
+    first = recipe(rounds=2).execute(out=tmp_path / "run")
+    (tmp_path / "run" / "sites" / "site-2" / "ledger.jsonl").write_text("")
+    both = FederationConfig(num_clients=2, num_rounds=3, min_available_clients=2)
+    with pytest.raises(RoundError, match=r"site-2: its own ledger must go on from the ε = .* that it has told"):
+        recipe(federation=both).execute(out=tmp_path / "run", resume=True)
+    result = recipe(rounds=3).execute(out=tmp_path / "run", resume=True)
+    assert result.state.examples["site-2"] == first.state.examples["site-2"]
 
 
 @pytest.mark.parametrize("client", [Silent, Careless])

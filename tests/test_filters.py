@@ -35,6 +35,7 @@ from sfl.privacy.filters import (
     parse_layers,
 )
 from sfl.privacy.filters.svt import above_threshold, budget_shares
+from sfl.privacy.filters.values import Clamp
 from sfl.privacy.noise import GaussianNoise
 from sfl.privacy.runner_utils import build_protections, cost
 from sfl.recipe import FedAvgRecipe
@@ -254,6 +255,15 @@ def test_neighbours_cannot_be_told_apart_beyond_epsilon(mechanism: Any) -> None:
         assert bound(event(there), event(here), mechanism.epsilon) < 4.0
     plain_here, plain_there = (np.array([apply(TopK(0.25), d)[0]["w"]] * 4000) for d in (near, far))
     assert bound(plain_here[:, 0] != 0, plain_there[:, 0] != 0, mechanism.epsilon) > 4.0
+
+
+@pytest.mark.parametrize(("dtype", "gamma"), [(np.int64, 1.5), (np.int64, 0.6), (np.float32, 0.1), (np.float16, 0.1)])
+def test_no_clamped_coordinate_is_past_gamma_whatever_it_is_rounded_to(dtype: Any, gamma: float) -> None:
+    clamped, _ = apply(Clamp(gamma), {"w": np.array([-9, -1, 0, 1, 9], dtype), "none": np.zeros((), dtype)})
+    assert float(np.abs(clamped["w"].astype(np.float64)).max()) <= gamma
+    assert clamped["w"].dtype == dtype
+    assert clamped["none"].shape == ()
+    assert float(clamped["w"][4]) == pytest.approx(math.floor(gamma) if dtype == np.int64 else gamma, rel=1e-3)
 
 
 def test_released_values_have_the_noise_that_was_paid_for() -> None:

@@ -175,6 +175,19 @@ def test_runs_on_one_data_set_are_counted_together(tmp_path: Path) -> None:
         dataset_ledger("../x")
 
 
+def test_a_run_that_was_resumed_twice_counts_what_both_spend(tmp_path: Path) -> None:
+    asked: list[int] = []
+    filled(tmp_path / "ledger.jsonl", rounds=1)
+    first, second = (
+        PrivacyLedger(tmp_path / "ledger.jsonl", budget=lambda events, _: asked.append(len(events))) for _ in range(2)
+    )
+    first.charge(2, EVENT)
+    second.charge(2, EVENT)
+    first.charge(3, EVENT)
+    assert asked == [2, 3, 4]
+    assert [entry.round for entry in PrivacyLedger(tmp_path / "ledger.jsonl").entries] == [1, 2, 2, 3]
+
+
 # In a run
 
 

@@ -107,7 +107,7 @@ def test_edge_cases_of_noise() -> None:
     same = add_noise(values, 0.0, secret())
     assert all(np.array_equal(same[name], values[name]) for name in values)
     for wrong in (-1.0, math.inf, math.nan):
-        with pytest.raises(ConfigError, match="sigma must be finite"):
+        with pytest.raises(ConfigError, match="sigma must be 0, or between"):
             add_noise(values, wrong, secret())
 
 
@@ -203,6 +203,32 @@ def event(noise: float, rate: float = 1.0, count: int = 1, **changes: Any) -> Dp
     return replace(plain, **changes)
 
 
+@pytest.mark.parametrize(
+    ("what", "epsilon"),
+    [
+        (event(0.0, epsilon=1000.0, count=3), 3000.0),  # such as a private selection costs that leaves something of it
+        (event(1e-9), 5e17),
+        (event(1e-9, adjacency="replace_one"), 2e18),
+        (event(1e-300), math.inf),
+        (event(1e300), 0.0),
+    ],
+)
+def test_an_epsilon_that_is_too_large_to_compute_with_is_still_said(what: DpEvent, epsilon: float) -> None:
+    assert PrivacyAccountant(delta=1e-5).epsilon([what]) == pytest.approx(epsilon, rel=1e-3)
+    assert math.isinf(PrivacyAccountant(delta=1e-5).epsilon([event(0.0, epsilon=1e4, delta=1e-4)]))
+
+
+def test_noise_that_prv_cannot_account_is_refused_in_a_sentence() -> None:
+    with pytest.raises(CompositionError, match=r"noise must be larger to be accounted by prv, got 1e-07. Use pld."):
+        PrivacyAccountant(delta=1e-5, method="prv").epsilon([event(1e-7)])
+
+
+def test_the_closed_form_is_an_upper_bound_where_both_can_be_had() -> None:
+    for each in (event(0.05), event(0.1, count=4), event(0.2, rate=0.1), event(0.3, adjacency="replace_one")):
+        counted = {replace(each, count=1): each.count}
+        assert accounting._closed_form(counted, 1e-5) >= 0.99 * PrivacyAccountant(delta=1e-5).epsilon([each])
+
+
 @pytest.mark.parametrize("method", ["pld", "prv"])
 @pytest.mark.parametrize(
     ("what", "epsilon"),
@@ -284,6 +310,27 @@ def test_the_noise_of_a_round_is_where_and_as_large_as_it_is_said(where: Any, si
     mean = 3.0 / math.sqrt(20_000)  # what clipping leaves of ones
     assert normality(w - mean, sigma) > 1e-4
     assert normality(w - mean, sigma * 1.5) < 1e-12
+
+
+@pytest.mark.parametrize("where", ["central", "distributed"])
+def test_rounding_in_a_sum_of_many_sites_moves_it_no_further_than_is_booked(where: Any) -> None:
+    """One site puts the sum past a power of two, where a float32 is coarser: there it rounds what follows away."""
+    ones, last = np.float32([1.0]), np.float32([-0.6 * 2.0**-11])
+    values = [*[ones] * 8191, np.float32([2.0**-10]), *[last] * 1800]
+    mechanism = GaussianMechanism(clip_norm=1.0, noise_multiplier=1.0, where=where, shares=2 * (where != "central"))
+    job = FedAvgRecipe(
+        name="sum",
+        client=clients.Base,
+        initial_parameters={"w": ones},
+        federation=FederationConfig(num_clients=10_000, min_available_clients=2),
+        mechanisms=(mechanism,),
+    ).build()
+
+    def total(values: list[np.ndarray]) -> float:
+        aggregate = job.aggregator.aggregate(Update("site", {"w": value}, 1.0) for value in values)
+        return float(aggregate.delta["w"][0]) * (1.0 if where == "central" else aggregate.weight)
+
+    assert abs(total([ones, *values]) - total(values)) <= 1.0 + SLACK
 
 
 def test_a_budget_ends_the_run_before_the_round_that_would_pass_it(tmp_path: Any) -> None:
@@ -369,8 +416,14 @@ def test_options_become_a_mechanism_and_a_budget() -> None:
         ({"dp_delta": 1.0}, "dp_delta must be in"),
         ({"dp_mode": "both"}, "dp_mode must be server, client or local"),
         ({"dp_accountant": "gdp"}, "dp_accountant must be pld or prv"),
+        ({"dataset_id": "a" * 61, "dpsgd": True}, "dataset_id must be at most 60 letters"),
         ({"dp": True, "dp_target_epsilon": 0.0}, "dp_target_epsilon must be positive"),
         ({"dp_max_epsilon": 1.0}, "must come with dp"),
+        ({"dp_noise": 4.0}, "dp_noise must come with dp"),
+        ({"dp_mode": "local", "dp_delta": 1e-6, "dp_clip": 0.1}, "dp_clip, dp_delta, dp_mode must come with dp"),
+        ({"dpsgd_noise": 4.0}, "dpsgd_noise must come with dpsgd"),
+        ({"svt_epsilon": 0.5}, "svt_epsilon must come with svt_privacy"),
+        ({"dp": True, "dp_target_quantile": 0.9}, "dp_target_quantile must come with dp_adaptive_clip"),
         ({"dp_mechanism": "laplace"}, "dp_mechanism must be gaussian or banded-mf"),
         ({"dp_bands": 0}, "dp_bands must be at least 1"),
         ({"dp_target_quantile": 1.0}, "dp_target_quantile must be in"),
@@ -391,6 +444,8 @@ def test_a_mechanism_that_cannot_be_is_refused() -> None:
         ({"sampling_rate": 0.0}, "sampling_rate must be in"),
         ({"where": "local", "sampling_rate": 0.5}, "sampling_rate must be 1 for local noise"),
         ({"clip_norm": -1.0}, "a clip bound must be positive"),
+        ({"clip_norm": 1e-320}, "sigma must be 0, or between 1e-250 and 1e250"),
+        ({"clip_norm": 1e308, "noise_multiplier": 10.0}, "sigma must be 0, or between 1e-250 and 1e250"),
     ):
         with pytest.raises(ConfigError, match=message):
             GaussianMechanism(**({"clip_norm": 1.0, "noise_multiplier": 1.0} | wrong))  # type: ignore[arg-type]

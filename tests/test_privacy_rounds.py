@@ -13,16 +13,18 @@ from scipy import stats
 
 import clients
 from sfl.core import rng
+from sfl.core.events import AggregationFinished
 from sfl.core.mechanism import Mechanism
 from sfl.core.task import Update
 from sfl.env import SimEnv
-from sfl.errors import CompositionError, ConfigError, RoundError
+from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.accountant import PrivacyAccountant, guarantees, worst_off
 from sfl.privacy.adaptive_clip import COUNT, AdaptiveClip, delta_noise_multiplier
 from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.correlated import BandedMechanism, CorrelatedNoise, coefficients
 from sfl.privacy.dp import GaussianMechanism
+from sfl.privacy.ledger import PrivacyLedger
 from sfl.privacy.runner_utils import build_protections, cost
 from sfl.privacy.shuffle import ShuffledGaussian, shuffled_delta, shuffled_epsilon
 from sfl.recipe import FedAvgRecipe
@@ -74,6 +76,25 @@ def test_earlier_runs_add_the_worst_of_each() -> None:
     assert "not counted" in PrivacyBudget().statement(run)[-1]
 
 
+def test_runs_of_other_claims_on_the_same_data_count_as_what_all_of_them_claim() -> None:
+    """Another mode must not begin a budget anew: its releases are of the same data."""
+    budget = PrivacyBudget(delta=1e-6, dataset="d", max_epsilon=5.0)
+    server, own = event(2.0), event(3.0, adjacency="replace_one", adversary="server_curious")
+    (alone,) = budget.spent([own])
+    (both,) = budget.spent([own], [[server]])
+    assert (both.adjacency, both.adversary) == ("replace_one", "server_trusted")
+    gaussian = 2.0 * math.sqrt(1 / 2.0**2 + 1 / 3.0**2)  # both move by twice the bound
+    assert both.epsilon == pytest.approx(PrivacyAccountant(delta=1e-6).epsilon([event(1 / gaussian)]), rel=1e-2)
+    assert alone.epsilon < budget.max_epsilon < both.epsilon
+    budget.check([own])
+    with pytest.raises(BudgetExhausted, match="with earlier runs on the same data"):
+        budget.check([own], [[server]])
+    assert "neighbours differ by replacing" in budget.statement([own], [[server]])[-1]
+    kept = [event(3.0, adjacency="replace_one", adversary="server_curious", epsilon=0.1), server]
+    (common,) = budget.spent([server], [kept])  # what holds against the server in one run alone holds in neither
+    assert common.epsilon == pytest.approx(PrivacyAccountant(delta=1e-6).epsilon([replace(server, count=2)]))
+
+
 def test_a_second_run_on_the_same_data_is_stopped_by_what_the_first_has_spent() -> None:
     recipe = replace(
         job(GaussianMechanism(clip_norm=1.0, noise_multiplier=2.0), num_rounds=4),
@@ -89,6 +110,7 @@ def test_a_second_run_on_the_same_data_is_stopped_by_what_the_first_has_spent() 
 
 def test_the_share_of_the_update_is_the_papers() -> None:
     assert delta_noise_multiplier(1.0, 5.0) == pytest.approx(1.0050378, abs=1e-7)
+    assert delta_noise_multiplier(1e200, 1e200) == pytest.approx(1e200 / math.sqrt(0.75))
     for wrong in (0.5, 0.0):
         with pytest.raises(ConfigError, match="a quantile without noise is not private"):
             delta_noise_multiplier(1.0, wrong)
@@ -157,7 +179,7 @@ def test_the_noise_of_all_rounds_is_the_inverse_factor_times_white_noise(bands: 
     for _ in range(rounds):
         out, state = noise.apply(Update("server", {"w": np.zeros(4_000)}, 1.0), state, RNG)
         added.append(out.delta["w"])
-    assert len(state) == bands - 1
+    assert len(state["past"]) == bands - 1
     white = factor(bands, rounds) @ np.stack(added)
     assert normality(white.ravel(), sigma) > 1e-4
     assert normality(white.ravel(), sigma * 1.5) < 1e-12
@@ -203,6 +225,45 @@ def test_turns_are_kept_apart_and_charged_to_those_whose_turn_it_was() -> None:
     assert isinstance(build_protections(config, recipe.federation).mechanisms[0], BandedMechanism)
 
 
+@pytest.mark.parametrize("change", [{"noise_multiplier": 1.0}, {"clip_norm": 0.1}, {"bands": 1}])
+def test_correlated_noise_goes_on_as_it_began(tmp_path: Any, change: dict[str, Any]) -> None:
+    """What a turn has cost counts on the noise of the rounds after it."""
+    mechanism = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
+    recipe = job(mechanism, size=4, num_rounds=3, fraction_fit=0.5, sampling="turns")
+    recipe.execute(SimEnv(device="cpu"), out=tmp_path / "run")
+    federation = replace(recipe.federation, num_rounds=4)
+    changed = replace(recipe, mechanisms=(replace(mechanism, **change),), federation=federation)
+    with pytest.raises(ConfigError, match="must go on as it began"):
+        changed.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    result = replace(recipe, federation=federation).execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    assert result.state.round == 4
+
+
+def test_a_repeated_round_of_correlated_noise_is_charged_to_the_turns_before_it_too(tmp_path: Any) -> None:
+    """By brute force over the releases of both attempts: they share a past, so it is seen through two draws."""
+    mechanism = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
+    recipe = job(mechanism, size=4, num_rounds=5, fraction_fit=0.5, sampling="turns")
+    out = tmp_path / "run"
+
+    def stop(event: Any) -> None:
+        if isinstance(event, AggregationFinished) and event.round == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        recipe.execute(SimEnv(device="cpu"), out=out, observers=(stop,))
+    recipe.execute(SimEnv(device="cpu"), out=out, resume=True)
+    attempts = [1, 2, 3, 3, 4, 5]  # rounds; the attempt before each is its parent, but that of the second 3 is 2
+    parents = [None, 0, 1, 1, 3, 4]
+    column = coefficients(2)
+    matrix = np.eye(6) + np.array([[column[1] * (parents[i] == j) for j in range(6)] for i in range(6)])
+    events = PrivacyLedger(out / "ledger.jsonl").events
+    for turn in (1, 2):
+        moved = matrix @ [float(round % 2 == turn % 2) for round in attempts]
+        true = 2.0 * float(np.linalg.norm(column) / np.linalg.norm(moved))
+        own = [replace(e, group="") for e in events if e.group in ("", f"turn {turn} of 2")]
+        assert PrivacyAccountant(delta=1e-5).epsilon(own) >= PrivacyAccountant(delta=1e-5).epsilon([event(true)])
+
+
 def test_sites_that_take_turns_must_stay_the_same(tmp_path: Any) -> None:
     mechanism = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
     recipe = job(mechanism, size=4, num_rounds=2, fraction_fit=0.5, sampling="turns")
@@ -212,6 +273,9 @@ def test_sites_that_take_turns_must_stay_the_same(tmp_path: Any) -> None:
     other = replace(recipe, federation=replace(recipe.federation, num_rounds=4, num_clients=6))
     with pytest.raises(ConfigError, match="sites that take turns must be those that the run began with"):
         other.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
+    slower = replace(recipe, federation=replace(recipe.federation, num_rounds=4, fraction_fit=0.25))
+    with pytest.raises(ConfigError, match="as many turns as the run began with, 2, got 4"):
+        slower.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)
     for wrong in ({"fraction_fit": 0.1}, {"fraction_fit": 0.5, "min_available_clients": 3}):
         with pytest.raises(ConfigError, match=r"turns|of a turn"):
             FederationConfig(num_clients=4, sampling="turns", **wrong)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from sfl.errors import ConfigError
 from sfl.types import FederationConfig, Parameters
 
 if TYPE_CHECKING:
+    from sfl.core.mechanism import DpEvent
     from sfl.esm2.config import ESM2RunConfig
     from sfl.recipe import Recipe
 
@@ -76,8 +77,9 @@ def _audit_sites(
     from sfl.env import environment
 
     recipe = _recipe(config, run, canaries, rounds)
+    events = _charged(recipe, run)
     report = audit_recipe(recipe, environment(backend, device="cpu"), canaries=canaries, confidence=confidence)
-    spent = _spent(recipe, run)
+    spent = _spent(recipe, events, "server_trusted" if report.sees == "models" else "server_curious")
     for line in report.statement():
         sys.stdout.write(f"{line}\n")
     if spent:
@@ -113,7 +115,7 @@ def _federation(config: ESM2RunConfig, canaries: int, rounds: int | None) -> Fed
     return replace(
         before,
         num_clients=sites,
-        num_rounds=rounds or before.num_rounds,
+        num_rounds=before.num_rounds if rounds is None else rounds,
         min_available_clients=sites // before.turns if shared else 1,
         workers=1,
         backend="sim",
@@ -124,13 +126,36 @@ def _federation(config: ESM2RunConfig, canaries: int, rounds: int | None) -> Fed
     )
 
 
-def _spent(recipe: Recipe, run: Path) -> dict[str, Any]:
-    """What the run's own ledger says; empty if it has none."""
+def _charged(recipe: Recipe, run: Path) -> list[DpEvent]:
+    """What the run's own ledger was charged with; nothing if it has none.
+
+    Raises:
+        ConfigError: If it is not what the configuration would charge: then one of them says nothing of the run.
+    """
     from sfl.io.run_folder import RunFolder
-    from sfl.privacy.budget import PrivacyBudget
     from sfl.privacy.ledger import PrivacyLedger
+    from sfl.privacy.shuffle import ShuffledGaussian
 
     path = RunFolder(run).ledger
     events = PrivacyLedger(path).events if path.is_file() else []
-    found = (recipe.budget or PrivacyBudget()).spent(events)
+    own = [m.local if isinstance(m, ShuffledGaussian) else m for m in recipe.mechanisms]
+    known = {_cost(mechanism.event(1, 1)) for mechanism in own}
+    foreign = [event for event in events if event.delta == 0.0 and _cost(event) not in known]  # shuffled ones have a δ
+    if foreign:
+        raise ConfigError(
+            f"{path} must hold what config.yaml charges, (noise multiplier, sampling rate, ε) in {sorted(known)}, got "
+            f"{_cost(foreign[0])}. One of them was changed: put it back."
+        )
+    return events
+
+
+def _cost(event: DpEvent) -> tuple[float, float, float]:
+    return event.noise_multiplier, event.sampling_rate, event.epsilon
+
+
+def _spent(recipe: Recipe, events: list[DpEvent], adversary: str) -> dict[str, Any]:
+    """What the run's own ledger says against this adversary; empty if it has none."""
+    from sfl.privacy.budget import PrivacyBudget
+
+    found = [g for g in (recipe.budget or PrivacyBudget()).spent(events) if g.adversary == adversary]
     return {"epsilon": found[0].epsilon, "events": found[0].events} if found else {}

@@ -21,7 +21,7 @@ from sfl.core import arrays, check, rng
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.terms import LocalTerms
 from sfl.core.transform import Chain, flat
-from sfl.errors import BudgetExhausted, ConfigError, UpdateError
+from sfl.errors import BudgetExhausted, ConfigError, LedgerError, UpdateError
 from sfl.io.site_store import SiteStore
 from sfl.privacy.budget import PrivacyBudget
 from sfl.types import Config, Metrics, Parameters, StateTree
@@ -126,7 +126,7 @@ class Site:
                 details += f"\nand in {type(callback).__name__}.on_task_failed: {type(second).__name__}: {second}"
         is_rejected = isinstance(error, UpdateError)
         status = Status.REJECTED if is_rejected else Status.FAILED
-        if isinstance(error, BudgetExhausted):  # which follows from the configuration, not from data
+        if isinstance(error, BudgetExhausted | LedgerError):  # which follow from no data
             return Reply(self.name, Status.FAILED, reason=str(error))
         if not self._program.share_metrics:
             return self._withheld()

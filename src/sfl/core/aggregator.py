@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -62,11 +63,17 @@ class Aggregator(ABC):
         return self.aggregate(updates), state
 
 
+@dataclass(frozen=True, slots=True)
 class WeightedMean(Aggregator):
     """The mean of deltas weighted by ``weight``: Σ wᵢ δᵢ / Σ wᵢ (McMahan et al. 2017, Algorithm 1).
 
     One fused pass per update, in site order. A name that some site left out counts as zero there. Integer arrays are
     averaged in float64.
+
+    Attributes:
+        wide: Add up in float64 whatever the arrays are: so that rounding moves a sum of n updates by no more than
+            n² · 2^-53 of the largest, as a mechanism counts on. In float32 thousands of updates may move it as far as
+            one of them.
 
     | input | result |
     |---|---|
@@ -78,32 +85,45 @@ class WeightedMean(Aggregator):
 
     needs: ClassVar[Needs] = "sum"
 
+    wide: bool = False
+
     def aggregate(self, updates: Iterable[Update]) -> Update:
         """The weighted mean; see the class."""
-        total, weight = weighted_sum(updates)
+        total, weight = weighted_sum(updates, wide=self.wide)
         for value in total.values():
             value /= weight
         return Update(site=SERVER, delta=total, weight=weight)
 
 
+@dataclass(frozen=True, slots=True)
 class Sum(Aggregator):
-    """The plain sum of deltas, weights ignored."""
+    """The plain sum of deltas, weights ignored.
+
+    Attributes:
+        wide: See ``WeightedMean``.
+    """
 
     needs: ClassVar[Needs] = "sum"
+
+    wide: bool = False
 
     def aggregate(self, updates: Iterable[Update]) -> Update:
         """Σ δᵢ; its weight is the number of updates."""
         count = 0.0
         total: Parameters = {}
         for update in updates:
-            _accumulate(total, update, 1.0)
+            _accumulate(total, update, 1.0, wide=self.wide)
             count += 1.0
             del update  # what it holds is let go before the next is drawn
         return Update(site=SERVER, delta=_some(total, count), weight=count)
 
 
-def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
+def weighted_sum(updates: Iterable[Update], *, wide: bool = False) -> tuple[Parameters, float]:
     """Σ wᵢ δᵢ and Σ wᵢ, streaming.
+
+    Args:
+        updates: In site order.
+        wide: Add up in float64; see ``WeightedMean``.
 
     Raises:
         RoundError: If there is no update.
@@ -111,15 +131,16 @@ def weighted_sum(updates: Iterable[Update]) -> tuple[Parameters, float]:
     weight = 0.0
     total: Parameters = {}
     for update in updates:
-        _accumulate(total, update, update.weight)
+        _accumulate(total, update, update.weight, wide=wide)
         weight += update.weight
         del update  # what it holds is let go before the next is drawn
     return _some(total, weight), weight
 
 
-def _accumulate(total: Parameters, update: Update, weight: float) -> None:
+def _accumulate(total: Parameters, update: Update, weight: float, *, wide: bool) -> None:
     first = {name: value for name, value in update.delta.items() if name not in total}
-    total |= arrays.empty({name: (value.shape, sum_dtype(value)) for name, value in first.items()})
+    dtypes = {name: np.dtype(np.float64) if wide else sum_dtype(value) for name, value in first.items()}
+    total |= arrays.empty({name: (value.shape, dtypes[name]) for name, value in first.items()})
     for name, value in update.delta.items():
         if name in first:
             np.multiply(value, weight, out=total[name], dtype=total[name].dtype)

@@ -24,7 +24,8 @@ class ServerState:
         best: The best model so far: ``round``, ``metric`` and ``value``; ``None`` while none is known.
         engine: What the engine remembers, such as the simulated time.
         stopped: Why the run ended before its last planned round; empty if it did not.
-        examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if none has.
+        examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if nothing is promised
+            to examples.
     """
 
     round: int

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
+from statistics import NormalDist
 from typing import Any, Literal
 
 from sfl.core.mechanism import Adjacency, Adversary, DpEvent, Unit
@@ -99,7 +100,12 @@ class PrivacyAccountant:
             return 0.0
         if any(event.noise_multiplier <= 0.0 and event.epsilon <= 0.0 for event in counted):
             return math.inf
-        return _pld(frozenset(counted.items()), self.delta) if self.method == "pld" else self._prv(counted)
+        if self.method == "prv":
+            return self._prv(counted)
+        try:
+            return _pld(frozenset(counted.items()), self.delta)
+        except OverflowError:  # of e^ε, past 700
+            return _closed_form(counted, self.delta)
 
     def require(self) -> None:
         """Fail now rather than after the first round.
@@ -113,10 +119,14 @@ class PrivacyAccountant:
         library = _library("prv_accountant")
         mechanisms = [_prv_mechanism(library, event) for event in counted]
         counts = list(counted.values())
-        accountant = library.PRVAccountant(
-            prvs=mechanisms, max_self_compositions=counts, eps_error=_PRV_ERROR, delta_error=self.delta / 1000
-        )
-        _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
+        try:
+            accountant = library.PRVAccountant(
+                prvs=mechanisms, max_self_compositions=counts, eps_error=_PRV_ERROR, delta_error=self.delta / 1000
+            )
+            _, _, upper = accountant.compute_epsilon(delta=self.delta, num_self_compositions=counts)
+        except (MemoryError, OverflowError):  # its grid is as fine for large losses as for small ones
+            least = min(event.noise_multiplier for event in counted)
+            raise CompositionError(f"noise must be larger to be accounted by prv, got {least:g}. Use pld.") from None
         return float(upper)
 
 
@@ -177,6 +187,23 @@ def _pld(counted: frozenset[tuple[DpEvent, int]], delta: float) -> float:
         loss = _loss(losses, event, count, step)
         total = loss if total is None else total.compose(loss)
     return float(total.get_epsilon_for_delta(delta))
+
+
+def _closed_form(counted: Mapping[DpEvent, int], delta: float) -> float:
+    """ε from above where it is too large for a grid of losses: sums of what is private by itself, and of all Gaussian
+    noise as one without sampling, μ²/2 + μ Φ⁻¹(1 − δ) (Balle and Wang 2018, Theorem 8, without its second term).
+    """
+    own = sum(event.epsilon * count for event, count in counted.items() if event.noise_multiplier <= 0.0)
+    spare = delta - sum(event.delta * count for event, count in counted.items())
+    moves = [
+        (2.0 if event.adjacency == "replace_one" else 1.0) / event.noise_multiplier * math.sqrt(count)
+        for event, count in counted.items()
+        if event.noise_multiplier > 0.0
+    ]
+    if spare < 0.0 or (moves and spare == 0.0):
+        return math.inf
+    mu = math.hypot(*moves)
+    return own + (mu * mu / 2.0 - mu * NormalDist().inv_cdf(spare) if moves else 0.0)
 
 
 def guarantees(events: Iterable[DpEvent], accountant: PrivacyAccountant) -> list[Guarantee]:

@@ -55,7 +55,7 @@ def delta_noise_multiplier(noise_multiplier: float, count_noise: float) -> float
             f"count_noise must be above half the noise multiplier ({noise_multiplier / 2.0:g}), got {count_noise:g}: "
             "a quantile without noise is not private. Raise it."
         )
-    return (noise_multiplier**-2 - (2.0 * count_noise) ** -2) ** -0.5
+    return noise_multiplier / math.sqrt(1.0 - (noise_multiplier / (2.0 * count_noise)) ** 2)
 
 
 @final

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sfl.core.mechanism import DpEvent
+from sfl.core.mechanism import Adjacency, Adversary, DpEvent
 from sfl.errors import BudgetExhausted, ConfigError
 from sfl.privacy.accountant import Guarantee, Method, PrivacyAccountant, guarantees, worst_off
 
@@ -64,9 +64,10 @@ class PrivacyBudget:
         """
         if math.isinf(self.max_epsilon):
             return
-        for guarantee in self.spent(events, earlier):
+        alone = [(guarantee, "") for guarantee in self.spent(events)]
+        total = self.spent(events, earlier) if earlier else []
+        for guarantee, since in alone + [(each, ", with earlier runs on the same data,") for each in total]:
             if guarantee.epsilon > self.max_epsilon:
-                since = ", with earlier runs on the same data," if earlier else ""
                 raise BudgetExhausted(
                     f"the next round would spend{since} ε = {guarantee.epsilon:.3g} for each {guarantee.unit}, "
                     f"past the budget of {self.max_epsilon:g} (δ = {self.delta:g})"
@@ -75,11 +76,12 @@ class PrivacyBudget:
     def spent(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> list[Guarantee]:
         """What ``events`` have spent, one guarantee for each unit and adversary.
 
-        With earlier runs, a unit may have been in the group that was worst off in each of them.
+        With earlier runs, a unit may have been in the group that was worst off in each of them, and what is claimed is
+        what all of them claim: see ``_alike``.
         """
         accountant = self.make_accountant()
         if earlier:
-            events = [event for run in (*earlier, events) for event in worst_off(run, accountant)]
+            events = [event for run in _alike((*earlier, events)) for event in worst_off(run, accountant)]
         return guarantees(events, accountant)
 
     def report(self, events: Sequence[DpEvent], earlier: Sequence[Sequence[DpEvent]] = ()) -> dict[str, Any]:
@@ -130,7 +132,7 @@ class PrivacyBudget:
         return [
             *lines,
             *(
-                f"with {runs} on data set {self.dataset}: {_figure(total)} for each {total.unit}"
+                f"with {runs} on data set {self.dataset}: {_figure(total)} for each {total.unit}{_less(total, events)}"
                 for total in self.spent(events, earlier)
             ),
         ]
@@ -162,7 +164,8 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     if not epsilons:
         return []
     worst = max(epsilons.values())
-    said = f"the largest of {len(epsilons)} sites, each by its own ledger" if len(epsilons) > 1 else "by its own ledger"
+    said = f"the largest of {len(epsilons)} sites, each " if len(epsilons) > 1 else ""
+    runs = f"with earlier runs on data set {budget.dataset}" if budget.dataset else "without earlier runs on this data"
     if math.isinf(worst):
         head = "privacy: no formal guarantee for an example: there was no noise that can be accounted"
     else:
@@ -171,8 +174,8 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
     return [
         head,
         f"hidden: {_UNITS['example', 'add_remove']}; {_ADJACENCY['add_remove'].format(unit='example')}",
-        f"{_ADVERSARY['server_curious']}, and against other sites; {said}; "
-        "how many examples a site has is taken to be public",
+        f"{_ADVERSARY['server_curious']}, and against other sites; {said}by its own ledger when its last update came, "
+        f"{runs}; how many examples a site has is taken to be public",
     ]
 
 
@@ -182,6 +185,36 @@ def example_report(epsilons: Mapping[str, float], budget: PrivacyBudget | None) 
         return {}
     sites = {site: _number(epsilon) for site, epsilon in epsilons.items()}
     return {"sites": sites, "budget": {"max_epsilon": _number(budget.max_epsilon), "delta": budget.delta}}
+
+
+def _less(total: Guarantee, events: Sequence[DpEvent]) -> str:
+    """What a total is of, where this run alone claims more."""
+    if (total.adjacency, total.adversary) in {_claim(event) for event in events}:
+        return ""
+    return f", by what all of them claim: {_ADJACENCY[total.adjacency].format(unit=total.unit)}"
+
+
+def _alike(runs: Sequence[Sequence[DpEvent]]) -> list[list[DpEvent]]:
+    """Of runs on the same data, the events of the guarantees that all of them give.
+
+    What only some claim, such as that it holds against the server, is not true of all together. Where they have no
+    claim in common, every event counts as what each of them is at least: replace one, against who sees the models.
+    """
+    out: list[list[DpEvent]] = [[] for _ in runs]
+    for unit in dict.fromkeys(event.unit for run in runs for event in run):
+        own = [[event for event in run if event.unit == unit] for run in runs]
+        common = set.intersection(*({_claim(event) for event in run} for run in own if run))
+        for events, run in zip(out, own, strict=True):
+            events += [event for event in run if _claim(event) in common] if common else map(_weakened, run)
+    return out
+
+
+def _claim(event: DpEvent) -> tuple[Adjacency, Adversary]:
+    return event.adjacency, event.adversary
+
+
+def _weakened(event: DpEvent) -> DpEvent:
+    return replace(event, adjacency="replace_one", adversary="server_trusted")
 
 
 def _figure(guarantee: Guarantee) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +77,12 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
             ("dp_bands", self.dp_bands, self.dp_bands is None or self.dp_bands >= 1, "at least 1"),
             ("dp_target_quantile", self.dp_target_quantile, 0.0 < self.dp_target_quantile < 1.0, "in (0, 1)"),
             ("dp_accountant", self.dp_accountant, self.dp_accountant in ("pld", "prv"), "pld or prv"),
+            (
+                "dataset_id",
+                self.dataset_id,
+                re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,59})?", self.dataset_id) is not None,
+                "at most 60 letters, digits, dots, dashes and underscores",
+            ),
         )
         for name, value, holds, rule in rules:
             if not holds:
@@ -87,15 +94,17 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
         self._check_together()
 
     def _check_together(self) -> None:
-        asked = [name for name in _WITH_DP if getattr(self, name) not in (None, False, "", "gaussian")]
+        asked = [name for name in _WITH_DP if getattr(self, name) != getattr(PrivacyConfig, name)]
         if self.selects_privately:  # which has a budget, too
-            asked = [name for name in asked if name != "dp_max_epsilon"]
+            asked = [name for name in asked if name not in ("dp_max_epsilon", "dp_delta")]
         if asked and not self.dp:
             raise ConfigError(f"{', '.join(asked)} must come with dp, got none. Add --dp.")
         if self.dp_bands is not None and self.dp_mechanism != "banded-mf":
             raise ConfigError("dp_bands must come with dp_mechanism=banded-mf, got gaussian. Leave it out.")
         if self.dp_count_noise is not None and not self.dp_adaptive_clip:
             raise ConfigError("dp_count_noise must come with dp_adaptive_clip, got none. Add --dp-adaptive-clip.")
+        if self.dp_target_quantile != PrivacyConfig.dp_target_quantile and not self.dp_adaptive_clip:
+            raise ConfigError("dp_target_quantile must come with dp_adaptive_clip, got none. Add --dp-adaptive-clip.")
         if self.dp_shuffle and self.dp_accountant == "prv":
             raise ConfigError("dp_accountant must be pld with dp_shuffle, whose events have a δ, got prv. Use pld.")
         if self.dp_shuffle and self.dp_mode != "local":
@@ -116,6 +125,10 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
 
 
 _WITH_DP = (
+    "dp_noise",
+    "dp_clip",
+    "dp_delta",
+    "dp_mode",
     "dp_target_epsilon",
     "dp_max_epsilon",
     "per_layer_clip",
@@ -125,4 +138,4 @@ _WITH_DP = (
     "dp_count_noise",
     "dp_shuffle",
 )
-"""Options that say how, and mean nothing without ``dp``."""
+"""Options that say how: given without ``dp`` they would be taken for protection that is not there."""

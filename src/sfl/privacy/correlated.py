@@ -95,8 +95,9 @@ class BandedMechanism(Mechanism):
     def event(self, cohort: int, population: int) -> DpEvent:
         """One turn of a site.
 
-        A round that is repeated after a crash draws new noise on top of the same past, and is one more release of at
-        least this noise: it is charged once more.
+        A round that is repeated after a crash draws new noise on top of the same past. It is one more release of at
+        least this noise for those whose turn it is, and a second look at those of the ``bands`` − 1 turns before: each
+        is moved by no more than ‖c‖ in it. So it is charged once more, to all.
         """
         return replace(self._plain().event(cohort, population), mechanism="banded matrix factorisation")
 
@@ -105,6 +106,8 @@ class BandedMechanism(Mechanism):
 @dataclass(frozen=True, slots=True)
 class CorrelatedNoise(Transform):
     """Adds (C⁻¹ Z)_t = Z_t − Σ_{j=1}^{b−1} c_j (C⁻¹ Z)_{t−j}; its state is the past, as multiples of the grid.
+
+    What a turn costs counts on the noise of the rounds that follow, so σ and bands stay what they were.
 
     | input | result |
     |---|---|
@@ -120,7 +123,7 @@ class CorrelatedNoise(Transform):
 
     def init(self, parameters: Parameters) -> StateTree:  # noqa: ARG002
         """No past."""
-        return []
+        return {"sigma": self.sigma, "bands": self.bands, "past": []}
 
     def apply(
         self,
@@ -128,10 +131,20 @@ class CorrelatedNoise(Transform):
         state: StateTree,
         rng: np.random.Generator,  # noqa: ARG002
     ) -> tuple[Update, StateTree]:
-        """The noised sum, and the noise to remember, newest first."""
+        """The noised sum, and the noise to remember, newest first.
+
+        Raises:
+            ConfigError: If the run began with another σ or other bands.
+        """
+        kept = cast("dict[str, Any]", state)
+        if (kept["sigma"], kept["bands"]) != (self.sigma, self.bands):
+            raise ConfigError(
+                f"correlated noise must go on as it began, with sigma {kept['sigma']:g} over {kept['bands']} bands, "
+                f"got {self.sigma:g} and {self.bands}. Set clip bound, noise and bands back, or start a new run."
+            )
         if self.sigma == 0.0:
             return update, state
-        past = cast("list[dict[str, Any]]", state)
+        past: list[dict[str, Any]] = kept["past"]
         generator, grid, weights = secret(), grid_of(self.sigma), coefficients(self.bands)[1:]
         delta: Parameters = {}
         newest: Parameters = {}
@@ -142,4 +155,4 @@ class CorrelatedNoise(Transform):
             newest[name] = np.rint(multiples, out=multiples)
             delta[name] = np.empty(value.shape, value.dtype if value.dtype.kind == "f" else np.float64)
             add_multiples(value, multiples, grid, delta[name])
-        return replace(update, delta=delta), [newest, *past][: self.bands - 1]
+        return replace(update, delta=delta), {**kept, "past": [newest, *past][: self.bands - 1]}

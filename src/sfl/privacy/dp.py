@@ -12,7 +12,7 @@ from sfl.core.transform import Transform
 from sfl.errors import ConfigError
 from sfl.privacy.accountant import Method, PrivacyAccountant
 from sfl.privacy.clip import Clip
-from sfl.privacy.noise import SLACK, GaussianNoise
+from sfl.privacy.noise import SLACK, GaussianNoise, check_sigma
 
 __all__ = ["GaussianMechanism", "analytic_gaussian_delta", "calibrate_gaussian_sigma", "calibrate_noise_multiplier"]
 
@@ -117,6 +117,7 @@ class GaussianMechanism(Mechanism):
                 f"{self.where}. Raise min_available_clients to the sites that a round must have."
             )
         Clip(self.clip_norm)
+        check_sigma(self.noise_multiplier * self.clip_norm)
 
     @property
     def placement(self) -> Placement:

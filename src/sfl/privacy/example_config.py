@@ -55,12 +55,15 @@ class ExampleConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ConfigError(f"{name} must be positive and finite, got {value}.")
-        asked = [name for name in _WITH_DPSGD if getattr(self, name)]
+        asked = [name for name in _WITH_DPSGD if getattr(self, name) != getattr(ExampleConfig, name)]
         if asked and not self.dpsgd:
             raise ConfigError(f"{', '.join(asked)} must come with dpsgd, got none. Add --dpsgd.")
 
 
 _WITH_DPSGD = (
+    "dpsgd_noise",
+    "dpsgd_clip",
+    "dpsgd_delta",
     "dpsgd_target_epsilon",
     "dpsgd_max_epsilon",
     "dpsgd_autoclip",

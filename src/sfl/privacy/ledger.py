@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,10 +101,12 @@ class PrivacyLedger:
             BudgetExhausted: If they would pass the budget; nothing is written then.
             LedgerError: If they cannot be written.
         """
-        if self.dataset is None:
-            self._charge(round, events)
+        if not events:
             return
-        with self.dataset.locked():
+        with ExitStack() as held:
+            for ledger in (self.dataset, self):
+                if ledger is not None:
+                    held.enter_context(ledger.locked())
             self._charge(round, events)
 
     def _charge(self, round: int, events: Sequence[DpEvent]) -> None:
@@ -117,21 +119,21 @@ class PrivacyLedger:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Alone with the file, after reading what other runs have written to it meanwhile."""
+        """Alone with the file, after reading what others have written to it meanwhile: runs on the same data, or the
+        same run, that somebody has resumed twice.
+        """
         if self.path is None:
             yield
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            lock = self.path.with_suffix(".lock").open("w")
+            own = self.path.parent == ledgers_folder()  # the user's alone; a run's folder may be shared
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if own else 0o777)
+            file = self.path.open("a")
         except OSError as error:
             raise LedgerError(f"{self.path} must be writable before anything is sent, got: {error}.") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.path.exists():
-                self._read(self.path)
-            else:
-                check_anchor(self.id, [], self.path)
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._read(self.path)
             yield
 
     def append(self, entries: Sequence[Entry]) -> None:
@@ -186,7 +188,7 @@ def dataset_ledger(name: str) -> PrivacyLedger | None:
     """
     if not name:
         return None
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,127}", name):  # with a site's name
         raise ConfigError(f"a data set's name must be of letters, digits, dots, dashes and underscores, got {name!r}.")
     identity = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     return PrivacyLedger(ledgers_folder() / f"{name}.jsonl", identity=identity)

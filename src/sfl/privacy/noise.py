@@ -2,8 +2,8 @@
 
 Noise of plain floating point leaks through its low bits what it should hide (Mironov, CCS 2012). Here sum and noise are
 both rounded to multiples of one power of two, far below σ, so that the low bits of what is released say nothing. That
-rounding moves a sum of d coordinates by at most grid · √d, and adding up n updates in float32 by about n · 2^-24 of the
-clip bound; `SLACK` covers both for d up to 2^40, z up to 1,000 and n up to 10,000.
+rounding moves a sum of d coordinates by at most grid · √d, and adding up n updates in float64 by at most n² · 2^-53 of
+the clip bound; `SLACK` covers both for d up to 2^38, z up to 1,000 and n up to a million.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sfl.core.transform import Stateless
 from sfl.errors import ConfigError, MissingExtraError
 from sfl.types import Array, Parameters
 
-__all__ = ["GaussianNoise", "add_multiples", "add_noise", "grid_of", "secret"]
+__all__ = ["GaussianNoise", "add_multiples", "add_noise", "check_sigma", "grid_of", "secret"]
 
 _FINE = 40  # the grid is 2^-40 of σ or finer: |sum| / grid then stays an exact float64 up to 2^13 σ
 _BLOCK = 1 << 16
@@ -43,6 +43,18 @@ def secret() -> np.random.Generator:
     return np.random.Generator(source(key=secrets.randbits(128), counter=0))
 
 
+def check_sigma(sigma: float) -> None:
+    """Refuse a standard deviation whose grid float64 does not hold, before anything is spent on it.
+
+    Raises:
+        ConfigError: If it is neither 0 nor between 1e-250 and 1e250.
+    """
+    if not (sigma == 0.0 or 1e-250 <= sigma <= 1e250):
+        raise ConfigError(
+            f"sigma must be 0, or between 1e-250 and 1e250, got {sigma}. It is noise multiplier times clip bound."
+        )
+
+
 def grid_of(sigma: float) -> float:
     """The power of two to whose multiples noise of this standard deviation is rounded."""
     return 2.0 ** (math.floor(math.log2(sigma)) - _FINE)
@@ -60,12 +72,11 @@ def add_noise(values: Mapping[str, Array], sigma: float, generator: np.random.Ge
         New arrays; of floats in their own dtype.
 
     Raises:
-        ConfigError: If ``sigma`` is negative or no number.
+        ConfigError: If ``sigma`` is none; see ``check_sigma``.
 
     Edge cases: a value past 2^13 σ is rounded to what float64 has there; an empty array stays one; NaN stays NaN.
     """
-    if not (math.isfinite(sigma) and sigma >= 0.0):
-        raise ConfigError(f"sigma must be finite and 0 or more, got {sigma}.")
+    check_sigma(sigma)
     return {name: _noised(value, sigma, generator) for name, value in values.items()}
 
 

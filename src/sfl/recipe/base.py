@@ -228,7 +228,8 @@ class Recipe(ABC):
 
     def _server_side(self) -> tuple[Aggregator, Chain]:
         """What noise was calibrated for is the *sum*, which is then divided by the planned cohort, whoever answered."""
-        if any(mechanism.on_sum for mechanism in self.mechanisms) and not isinstance(self.aggregator, WeightedMean):
+        on_sum = any(mechanism.on_sum for mechanism in self.mechanisms)
+        if on_sum and not isinstance(self.aggregator, WeightedMean):
             name = type(self.aggregator).__name__
             raise CompositionError(
                 f"aggregator must be WeightedMean under noise on the sum, got {name}: its sensitivity is not known. "
@@ -236,8 +237,8 @@ class Recipe(ABC):
             )
         central = [mechanism.noise() for mechanism in self.mechanisms if mechanism.placement == "central"]
         if not central:
-            return self.aggregator, Chain()
-        return Sum(), Chain([*reversed(central), Divide(self.federation.planned_cohort)])
+            return WeightedMean(wide=True) if on_sum else self.aggregator, Chain()
+        return Sum(wide=True), Chain([*reversed(central), Divide(self.federation.planned_cohort)])
 
     def _check_private(self, algorithm: Algorithm) -> None:
         """What the mechanisms' claim rests on beside themselves."""

@@ -66,7 +66,9 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     run.emit(RoundStarted(round=task.round, cohort=tuple(cohort)))
     told = job.server_chain.tells(state.mechanisms)
     task = replace(task, parameters=arrays.read_only(task.parameters), config={**task.config, **told})
-    run.hooks.ledger.charge(task.round, *charges(job, algorithm, task.round, len(cohort), len(run.clients)))
+    ledger = run.hooks.ledger
+    again = any(entry.round == task.round for entry in ledger.entries)
+    ledger.charge(task.round, *charges(job, algorithm, task.round, len(cohort), len(run.clients), again=again))
     aggregate, fit = run.gather(task, cohort)
     state = run.score_received(state, fit)
     with run.timed("aggregate"):
@@ -82,13 +84,22 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     return run.close_round(state, fit, evaluate=job.evaluates(state.round))
 
 
-def charges(job: Job, algorithm: Algorithm, round: int, cohort: int, population: int) -> list[DpEvent]:
-    """What a round costs: the events that the ledger is charged with before its exchange."""
-    costs = [mechanism.event(cohort, population) for mechanism in job.mechanisms]
-    group = algorithm.group(round)
-    if not group:
-        return costs
-    return [replace(event, group=group, sampling=f"{event.sampling}; sites take turns") for event in costs]
+def charges(
+    job: Job, algorithm: Algorithm, round: int, cohort: int, population: int, *, again: bool = False
+) -> list[DpEvent]:
+    """What a round costs: the events that the ledger is charged with before its exchange.
+
+    Where noise is correlated over rounds, one that is done ``again`` concerns all sites: the turns before it had
+    counted on its noise, too, and now meet two draws of it.
+    """
+    group, costs = algorithm.group(round), list[DpEvent]()
+    for mechanism in job.mechanisms:
+        event = mechanism.event(cohort, population)
+        if group:
+            own = "" if again and mechanism.rounds_apart > 1 else group
+            event = replace(event, group=own, sampling=f"{event.sampling}; sites take turns")
+        costs.append(event)
+    return costs
 
 
 def _tell_failure(run: Run, rounds: int, error: Exception) -> None:

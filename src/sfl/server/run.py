@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sfl.core import arrays, sparse
-from sfl.core.aggregator import sum_dtype
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -46,6 +46,8 @@ from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
 from sfl.server.replies import MetricsMean, aggregated, screened
 from sfl.types import Metrics, Parameters, StateTree
+
+_GRID = 0.01  # by which an upper bound on ε may fall on another grid of losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ class Run:
                 self.seconds[task.name] += time.perf_counter() - started
             if reply is None:
                 return
-            reply = self._with_figures(screened(reply, task, expected), task)
+            reply = self._with_figures(self._counted_on(screened(reply, task, expected), task), task)
             self.record(task, reply)
             if reply.update is not None:
                 yield reply.update
@@ -233,6 +235,20 @@ class Run:
         such as how many of its coordinates are not zero, may stand among the figures.
         """
         return any(mechanism.on_sum for mechanism in self.job.mechanisms)
+
+    def _counted_on(self, reply: Reply, task: Task) -> Reply:
+        """A site whose ledger has forgotten what it spent on its examples is not used: its ε would start anew."""
+        update, before = reply.update, self._examples.get(reply.site, 0.0)
+        if update is None or task.name != FIT or self.job.program.example_budget is None:
+            return reply
+        said = update.metrics.get(EXAMPLE_EPSILON, math.nan)
+        if said >= before * (1.0 - _GRID):
+            return reply
+        reason = (
+            f"{reply.site}: its own ledger must go on from the ε = {before:.3g} that it has told, got {said:.3g}. "
+            "It was lost or emptied: put it back, or start a new run."
+        )
+        return Reply(reply.site, Status.REJECTED, reason=reason)
 
     def _with_figures(self, reply: Reply, task: Task) -> Reply:
         """What the chain's transforms say of an update that arrived, among the site's figures."""
@@ -317,7 +333,7 @@ class Run:
             engine=self.engine.remembers(),
             callbacks=copy.deepcopy(self._memories),
             stopped=self._stopped,
-            examples=dict(self._examples) or None,
+            examples=dict(self._examples) if self.job.program.example_budget is not None else None,
         )
         if self.hooks.save is not None:
             with self.timed("checkpoint"):
@@ -378,4 +394,5 @@ def said_of_examples(state: ServerState | None) -> dict[str, float]:
 
 
 def _zeros(parameters: Parameters) -> Parameters:
-    return {name: np.zeros(value.shape, sum_dtype(value)) for name, value in parameters.items()}
+    """As wide as what is noised, so that rounding does not show which arrays somebody sent."""
+    return {name: np.zeros(value.shape) for name, value in parameters.items()}

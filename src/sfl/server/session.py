@@ -109,7 +109,7 @@ def run_job(
         if out is not None:
             state, hooks = stack.enter_context(_files(out, job, resume=resume, observers=hooks.observers))
         carrier = stack.enter_context(engine(job, RunFolder(out).sites if out is not None else None))
-        _check_same_privacy(job, hooks.ledger)
+        _check_same_privacy(job, hooks.ledger, state)
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)
         history.examples |= said_of_examples(state)
@@ -146,7 +146,7 @@ def _files(
             _report(out, observers)
 
 
-def _check_same_privacy(job: Job, ledger: PrivacyLedger) -> None:
+def _check_same_privacy(job: Job, ledger: PrivacyLedger, state: ServerState | None) -> None:
     """A run goes on under the guarantee that it was begun with: what was spent is of that kind.
 
     Raises:
@@ -155,7 +155,8 @@ def _check_same_privacy(job: Job, ledger: PrivacyLedger) -> None:
     federation = job.federation
     now = [mechanism.event(federation.planned_sites, federation.num_clients) for mechanism in job.mechanisms]
     before = {(event.unit, event.adjacency, event.adversary) for event in ledger.events}
-    if before and before != {(event.unit, event.adjacency, event.adversary) for event in now}:
+    others = bool(before) and before != {(event.unit, event.adjacency, event.adversary) for event in now}
+    if others or (state is not None and (state.examples is None) != (job.program.example_budget is None)):
         raise ConfigError(
             "a private run must go on with the protection that it was begun with, got another or none. "
             "Give the same options, or start a new run."

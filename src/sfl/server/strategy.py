@@ -105,7 +105,8 @@ class FedAvg(Algorithm):
         return ServerState(round=0, parameters=parameters)
 
     def joined(self, state: ServerState, clients: Sequence[str]) -> ServerState:
-        """With the sites, if they take turns: another site in the list would shift everybody's.
+        """With the sites and the turns: another site in the list, or fewer turns, would shift everybody's, and what was
+        charged to one turn would no longer be all that its sites have spent.
 
         Raises:
             ConfigError: If the run began with others.
@@ -113,13 +114,18 @@ class FedAvg(Algorithm):
         if self.turns == 1:
             return state
         kept: dict[str, Any] = state.algorithm or {}
+        if (turns := kept.get("turns", self.turns)) != self.turns:
+            raise ConfigError(
+                f"sites must take as many turns as the run began with, {turns}, got {self.turns}. "
+                "Set fraction_fit back, or start a new run."
+            )
         began = kept.get("sites", list(clients))
         if began != list(clients):
             raise ConfigError(
                 f"sites that take turns must be those that the run began with, {began}, got {list(clients)}. "
                 "Bring them back, or start a new run."
             )
-        return replace(state, algorithm={**kept, "sites": list(clients)})
+        return replace(state, algorithm={**kept, "sites": list(clients), "turns": self.turns})
 
     def plan(self, state: ServerState, clients: Sequence[str]) -> tuple[Task, list[str]]:
         """The global parameters, to a sample of the sites."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfl.errors import ConfigError, ModelError
 from sfl.privacy import noise
 from sfl.train.per_example import Recorder, recording, trained_parameters
-from sfl.train.trainer import Batch, BatchLoss, Outcome, Tally, adamw, evaluate
+from sfl.train.trainer import Batch, BatchLoss, Outcome, Tally, adamw, evaluate, seed_draws
 
 __all__ = ["Clipping", "ExampleLosses", "PrivateTrainer"]
 
@@ -42,9 +42,10 @@ class PrivateTrainer(Generic[Batch]):
     example i over all trained parameters, w_i = min(1, C/‖g_i‖) and S = C; with ``autoclip`` w_i = 1/(‖g_i‖ + 0.01) and
     S = 1 (AUTO-S: Bu, Wang, Zha and Karypis, NeurIPS 2023, §3). L is ``expected_batch_size`` whatever was drawn.
 
-    Formal guarantees: one example moves the sum by at most S in L2, apart from float32 rounding, which
-    ``sfl.privacy.noise.SLACK`` covers; so a step of a sample that takes each example by itself with probability q is
-    what ``sfl.privacy.dpsgd.dpsgd_event(z, q, 1)`` says. The outcome is not private, and not to be released.
+    Formal guarantees: one example moves the sum by at most S in L2, apart from float32 rounding, for which
+    ``sfl.privacy.noise.SLACK`` leaves a hundred times what is measured, though not the worst that could be; so a step
+    of a sample that takes each example by itself with probability q is what ``sfl.privacy.dpsgd.dpsgd_event(z, q, 1)``
+    says. The outcome is not private, and not to be released.
 
     Attributes:
         losses: Forward pass of a module on a physical batch.
@@ -90,6 +91,7 @@ class PrivateTrainer(Generic[Batch]):
                 raise ConfigError(f"{name} must be positive and finite, got {value}.")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
             raise ConfigError(f"noise_multiplier must be finite and 0 or more, got {self.noise_multiplier}.")
+        noise.check_sigma(self.noise_multiplier * self.sensitivity)
         if self.clipping not in ("hooks", "ghost"):
             raise ConfigError(f"clipping must be hooks or ghost, got {self.clipping!r}.")
 
@@ -110,8 +112,8 @@ class PrivateTrainer(Generic[Batch]):
             ModelError: If there was no sample, or the module cannot be trained so; see ``recording``.
         """
         module.train()
-        torch.default_generator.manual_seed(seed)
         parameters = trained_parameters(module)
+        seed_draws(next(iter(parameters.values())).device, seed)
         optimizer = adamw(list(parameters.values()), self.learning_rate, self.weight_decay)
         tally = Tally(next(iter(parameters.values())).device)
         steps = examples = 0

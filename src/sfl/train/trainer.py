@@ -78,8 +78,8 @@ class Trainer(Generic[Batch]):
             ModelError: If there was no batch.
         """
         module.train()
-        torch.default_generator.manual_seed(seed)
         trainable = [p for p in module.parameters() if p.requires_grad]
+        seed_draws(trainable[0].device, seed)
         steering = Steering(module, terms)
         rate = self.learning_rate * steering.factor
         optimizer = adamw(trainable, rate, self.weight_decay)
@@ -126,6 +126,15 @@ def evaluate(
             tally.add(loss(module, batch))
         steps, examples = steps + 1, examples + size(batch)
     return Outcome(steps, examples, *tally.means())
+
+
+def seed_draws(device: torch.device, seed: int) -> None:
+    """Seed what torch itself draws (dropout), on the host and on ``device``, which has a generator of its own."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def adamw(trainable: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -70,6 +70,9 @@ class FilterConfig:
         asked = [name for name in _WITH_PERCENTILE if getattr(self, name)]
         if asked and self.percentile_privacy is None:
             raise ConfigError(f"{', '.join(asked)} must come with percentile_privacy. Add --percentile-privacy 90.")
+        asked = [name for name in _WITH_SVT if getattr(self, name) != getattr(FilterConfig, name)]
+        if asked and not self.svt_privacy:
+            raise ConfigError(f"{', '.join(asked)} must come with svt_privacy, got none. Add --svt-privacy.")
         asked = [name for name in _WITH_COMPRESS if getattr(self, name)]
         if asked and self.compress is None:
             raise ConfigError(f"{', '.join(asked)} must come with compress, got none. Add --compress 0.1.")
@@ -88,4 +91,5 @@ class FilterConfig:
 
 
 _WITH_PERCENTILE = ("percentile_epsilon", "percentile_fixed_k", "percentile_gamma")
+_WITH_SVT = ("svt_epsilon", "svt_count", "svt_threshold", "svt_gamma")
 _WITH_COMPRESS = ("compress_topk", "compress_random", "compress_error_feedback")

@@ -12,7 +12,7 @@ from sfl.core.mechanism import DpEvent, Mechanism, Placement
 from sfl.core.task import Update
 from sfl.core.transform import Stateless, Transform
 from sfl.errors import ConfigError
-from sfl.privacy.filters.flat import flat, refuse_not_finite, unflat
+from sfl.privacy.filters.flat import refuse_not_finite
 from sfl.privacy.noise import SLACK, add_multiples, grid_of
 from sfl.types import Array
 
@@ -35,7 +35,17 @@ class Clamp(Stateless):
     def change(self, update: Update) -> Update:
         """The clamped delta."""
         refuse_not_finite(update)
-        return replace(update, delta=unflat(np.clip(flat(update.delta), -self.gamma, self.gamma), update.delta))
+        return replace(update, delta={name: _clamped(value, self.gamma) for name, value in update.delta.items()})
+
+
+def _clamped(value: Array, gamma: float) -> Array:
+    """Within γ also after rounding to the array's own dtype."""
+    if value.dtype.kind != "f":
+        return np.asarray(np.trunc(np.clip(value, -gamma, gamma)), dtype=value.dtype)
+    with np.errstate(over="ignore"):
+        bound = np.asarray(gamma, value.dtype)
+    bound = np.nextafter(bound, np.zeros_like(bound)) if float(bound) > gamma else bound
+    return np.asarray(np.clip(value, -bound, bound))
 
 
 def laplace_release(values: Array, count: int, gamma: float, epsilon: float, generator: np.random.Generator) -> Array:
