@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfl.core.events import Observer
+from sfl.engine.attacked import Attack, AttackedEngine, check_attack
 from sfl.engine.base import Engine
 from sfl.engine.local import LocalEngine
 from sfl.env.checks import check_counts, refuse_provisioned
+from sfl.errors import ConfigError
 from sfl.recipe import Recipe, RunResult
 from sfl.server.job import Job
 from sfl.server.session import run_job
@@ -28,11 +30,13 @@ class SimEnv:
         num_threads: Sites that train side by side, each worker a process of its own; by default the federation's
             ``workers``, 0 means one per GPU or core. The result has the same bits.
         device: auto, cpu, mps, cuda or cuda:N. GPUs are shared out, one worker each.
+        attack: Sites that lie, to see what an aggregation rule stands; ``None`` for none.
     """
 
     num_clients: int | None = None
     num_threads: int | None = None
     device: str = "auto"
+    attack: Attack | None = None
 
     def __post_init__(self) -> None:
         check_counts(self.num_clients, self.num_threads)
@@ -41,14 +45,27 @@ class SimEnv:
         """Run a recipe in this process."""
         if resume:
             refuse_provisioned(out)
-        return run_job(recipe.build(), self.engine, out=out, resume=resume, observers=observers)
+        job = recipe.build()
+        if self.attack is not None:
+            check_attack(self.attack, job.program.client)
+        return run_job(job, self.engine, out=out, resume=resume, observers=observers)
 
     def engine(self, job: Job, sites_folder: Path | None) -> Engine:
-        """One process for one worker, a pool of processes for more.
+        """One process for one worker, a pool of processes for more; with the attack, if there is one.
 
         Raises:
-            ConfigError: If the device is not there.
+            ConfigError: If the device is not there, or the attackers are not.
         """
+        honest = self._honest_engine(job, sites_folder)
+        if self.attack is None:
+            return honest
+        try:
+            return AttackedEngine(honest, self.attack)
+        except ConfigError:
+            honest.close()
+            raise
+
+    def _honest_engine(self, job: Job, sites_folder: Path | None) -> Engine:
         federation = job.federation
         names = site_names(self.num_clients or federation.num_clients)
         wanted = federation.workers if self.num_threads is None else self.num_threads
