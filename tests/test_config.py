@@ -70,6 +70,7 @@ def test_no_layer_gives_the_defaults() -> None:
             resolved.config.federation,
             resolved.config.client,
             resolved.config.privacy,
+            resolved.config.aggregation,
             resolved.config.logging,
         )
     )
@@ -257,7 +258,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ("environ", "message"),
     [
         ({"SFL_NUM_ROUND": "1"}, r"got 'SFL_NUM_ROUND'\. Did you mean 'SFL_NUM_ROUNDS'\?"),
-        ({"SFL_XQJWVZYKHU": "1"}, r"got 'SFL_XQJWVZYKHU'\. Known: SFL_BACKEND"),
+        ({"SFL_XQJWVZYKHU": "1"}, r"got 'SFL_XQJWVZYKHU'\. Known: SFL_AGGREGATION"),
         ({"SFL_NUM_ROUNDS": "many"}, r"a whole number, got 'many' \(environment SFL_NUM_ROUNDS\)"),
         ({"SFL_NUM_ROUNDS": ""}, "a whole number, got ''"),
         ({"SFL_VERBOSE": "maybe"}, "verbose must be true or false, got 'maybe'"),

@@ -15,7 +15,7 @@ from sfl.engine.base import Engine, owned
 from sfl.errors import CompositionError, ConfigError, UpdateError, nearest
 from sfl.types import Parameters
 
-__all__ = ["ATTACKS", "FLIP_LABELS", "Attack", "AttackedEngine", "check_attack"]
+__all__ = ["ATTACKS", "Attack", "AttackedEngine", "FLIP_LABELS", "check_attack"]  # noqa: RUF022 - plain order
 
 FLIP_LABELS: Final = "flip_labels"
 """In the configuration of a task: the client should train on exchanged labels."""

@@ -70,7 +70,11 @@ def gaussian(honest: Vectors, scale: float, generator: np.random.Generator) -> P
     spread = math.sqrt(sum(float(np.square(_deviation(rows)).sum()) for _, rows in _stacked(honest)))
     size = max(sum(value.size for value in honest[0].values()), 1)
     sigma = scale * (spread / math.sqrt(size) or 1.0)
-    return _each(honest, lambda rows: rows.mean(axis=0) + sigma * generator.standard_normal(rows.shape[1]))
+
+    def noisy(rows: Array) -> Array:
+        return rows.mean(axis=0) + sigma * generator.standard_normal(rows.shape[1])
+
+    return _each(honest, noisy)
 
 
 def filled(like: Parameters, value: float) -> Parameters:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sfl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sfl.engine.attacked import Attack
     from sfl.env.flower import FlowerEnv, FlowerSimEnv
     from sfl.env.nvflare import FlareSimEnv, FlowerInFlareEnv, PocEnv
     from sfl.env.production import ProdEnv
@@ -47,6 +48,7 @@ def environment(
     startup_kit: str | None = None,
     superlink: str | None = None,
     root_certificates: str | None = None,
+    attack: Attack | None = None,
 ) -> Environment:
     """The environment that ``--backend`` names.
 
@@ -56,10 +58,16 @@ def environment(
         startup_kit: Folder of an admin's kit, which nvflare-prod needs.
         superlink: Address of a SuperLink that runs already, for flower-deploy.
         root_certificates: File of certificates that the SuperLink is checked with.
+        attack: Sites that lie, for sim.
 
     Raises:
-        ConfigError: If nvflare-prod is named without a kit, or a SuperLink with another backend than flower-deploy.
+        ConfigError: If nvflare-prod is named without a kit, a SuperLink with another backend than flower-deploy, or an
+            attack with another than sim.
     """
+    if attack is not None:
+        if backend != "sim":
+            raise ConfigError(f"backend must be sim with an attack, which is simulated, got {backend!r}. Leave it out.")
+        return __getattr__("SimEnv")(device=device, attack=attack)
     if backend == "flower-deploy":
         roots = Path(root_certificates) if root_certificates is not None else None
         return __getattr__("FlowerEnv")(device=device, superlink=superlink, root_certificates=roots)

@@ -7,6 +7,7 @@ from typing import Final
 
 from sfl.errors import ConfigError
 from sfl.privacy.config import PrivacyConfig
+from sfl.server.robust.config import AggregationConfig
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 MAX_RESIDUES = 1022
@@ -62,10 +63,19 @@ class ESM2RunConfig:
         federation: Who takes part, and for how long.
         client: How a site trains.
         privacy: Its protections.
+        aggregation: How updates become one, and which sites of a simulation lie.
         logging: What the run says, and where it writes.
     """
 
     federation: FederationConfig = field(default_factory=lambda: FederationConfig(workers=0))
     client: ESM2ClientConfig = field(default_factory=ESM2ClientConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        backend = self.federation.backend
+        if self.aggregation.attack is not None and backend != "sim":
+            raise ConfigError(
+                f"attack must come with backend=sim, where sites are simulated, got {backend}. Leave it out."
+            )

@@ -20,7 +20,7 @@ from sfl.server.robust.gram import distances_between
 from sfl.server.robust.stack import Stack
 from sfl.types import Parameters, StateTree
 
-__all__ = ["NNM", "Bucketing", "PreAggregated", "PreAggregation"]
+__all__ = ["Bucketing", "NNM", "PreAggregated", "PreAggregation"]  # noqa: RUF022 - plain order
 
 
 class PreAggregation(ABC):
