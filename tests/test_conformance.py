@@ -46,6 +46,7 @@ from sfl.server.robust import (
     TrimmedMean,
 )
 from sfl.types import Parameters, StateTree
+from sfl.utils.plain import describe, restore
 
 Edge = Literal["passes", "raises", "absorbs"]
 """What becomes of NaN and inf: they pass through, the method raises, or the result is finite all the same."""
@@ -432,6 +433,14 @@ def test_what_an_aggregator_remembers_can_be_checkpointed_and_resumed(case: Aggr
         assert same(after, later)
         assert same(state, kept)
         state = after
+
+
+@rows(AGGREGATORS)
+def test_an_aggregator_travels_as_plain_values(case: AggregatorCase) -> None:
+    aggregator, updates = case.make(), cohort(case)
+    there = restore(describe(aggregator))
+    assert type(there) is type(aggregator)
+    assert same(there.aggregate(updates).delta, aggregator.aggregate(updates).delta)
 
 
 @rows(AGGREGATORS)
