@@ -666,3 +666,11 @@ def test_wrappers_carry_what_their_rule_remembers() -> None:
     mixed = PreAggregated(bare, Bucketing(1))
     _, state = mixed.step(updates_of(rows), task, mixed.init({}))
     np.testing.assert_allclose(joined(state), joined(expected), atol=1e-12)
+
+
+def test_names_resolve_on_first_use() -> None:
+    from sfl.server import robust
+
+    assert dir(robust) == sorted(robust.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Kram'"):
+        robust.Kram  # noqa: B018  # pyright: ignore
