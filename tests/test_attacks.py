@@ -342,6 +342,7 @@ def test_what_is_no_training_and_who_did_not_answer_stay_as_they_are() -> None:
     with engine:
         assert engine.send(replace(TASK, name=EVALUATE), ["d"]) == 1
         assert len(list(engine.replies(ticket=1))) == 4
+        engine.cancel(1)
     assert engine._inner.closed  # pyright: ignore
 
 

@@ -44,7 +44,7 @@ def scaled_mean(honest: Vectors, scale: float = -1.0) -> Parameters:
 
 
 def alie_factor(sites: int, attackers: int) -> float:
-    """How many standard deviations hide among ``sites``, ``attackers`` of them liars (Baruch et al., Algorithm 3).
+    """How many standard deviations hide among ``sites``, ``attackers`` of them liars (Baruch et al. 2019).
 
     z_max = Φ⁻¹((n − f − s) / (n − f)) with s = ⌊n/2 + 1⌋ − f, the honest sites that would have to stand farther out;
     never negative.
@@ -97,7 +97,7 @@ def mimic(honest: Vectors) -> int:
 
 def min_max(honest: Vectors) -> Parameters:
     """μ − γσ, γ as large as can be with no honest update farther away than the farthest two honest ones are from each
-    other (Shejwalkar and Houmansadr, NDSS 2021, equation 8, with their inverse standard deviation).
+    other (Shejwalkar and Houmansadr, NDSS 2021, with their inverse standard deviation).
 
     ‖μ − γσ − xᵢ‖² is a parabola in γ, so γ is exact: the least of the sites' larger roots.
     """
@@ -111,7 +111,7 @@ def min_max(honest: Vectors) -> Parameters:
 
 def min_sum(honest: Vectors) -> Parameters:
     """μ − γσ, γ as large as can be with a sum of squared distances to the honest updates no larger than that of any of
-    them (the same, equation 9).
+    them (the same).
 
     The sum is Σ‖μ − xᵢ‖² + nγ²‖σ‖², so γ is a square root.
     """

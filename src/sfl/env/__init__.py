@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sfl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sfl.engine.attacked import Attack
+    from sfl.engine.attacker import Attack
     from sfl.env.flower import FlowerEnv, FlowerSimEnv
     from sfl.env.nvflare import FlareSimEnv, FlowerInFlareEnv, PocEnv
     from sfl.env.production import ProdEnv

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfl.core.events import Observer
-from sfl.engine.attacked import Attack, AttackedEngine, check_attack
+from sfl.engine.attacked import AttackedEngine
+from sfl.engine.attacker import Attack, check_attack
 from sfl.engine.base import Engine
 from sfl.engine.local import LocalEngine
 from sfl.env.checks import check_counts, refuse_provisioned

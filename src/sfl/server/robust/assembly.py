@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sfl.core.aggregator import Aggregator, WeightedMean
-from sfl.engine.attacked import Attack
+from sfl.engine.attacker import Attack
 from sfl.errors import CompositionError
 from sfl.server.robust.clipping import CenteredClipping
 from sfl.server.robust.config import AggregationConfig

@@ -33,7 +33,7 @@ def extremeness(stack: Stack) -> Array:
 @final
 @dataclass(frozen=True)
 class FoundationFL(RobustRule):
-    """Trimmed mean or median of the updates and m copies of one of them (Fang et al., NDSS 2025, Algorithm 1).
+    """Trimmed mean or median of the updates and m copies of one of them (Fang et al., NDSS 2025).
 
     The one is the update that is farthest from both extremes: i* = argmax min(‖gᵢ − g_max‖, ‖gᵢ − g_min‖), the first
     in site order of equals. f values are trimmed at each end of the n + m. n ≥ 2f + 1, or the rule is refused.

@@ -32,7 +32,7 @@ def gram(stack: Stack, about: int | Parameters) -> Array:
     at = stack.aligned(about)
     with np.errstate(over="ignore", invalid="ignore"):  # past 1e154 a square is inf, which callers look for
         for name, place, block in stack.blocks():
-            block -= at(name, place)
+            block -= np.asarray(at(name, place), np.float64)  # once, not once a row
             total += block @ block.T
     return total
 

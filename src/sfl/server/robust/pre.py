@@ -44,7 +44,7 @@ class PreAggregation(ABC):
 class NNM(PreAggregation):
     """Nearest-neighbour mixing: each update becomes the mean of its n − f nearest, itself among them.
 
-    Allouah et al., AISTATS 2023, Algorithm 2: any (f, κ)-robust rule is then robust at the best order, O(f/n), under
+    Allouah et al., AISTATS 2023: any (f, κ)-robust rule is then robust at the best order, κ = O(f/n), under
     heterogeneity. Of equally near updates the first in site order is taken, after the update itself. n > 2f.
 
     Attributes:
@@ -85,7 +85,7 @@ class NNM(PreAggregation):
 @final
 @dataclass(frozen=True)
 class Bucketing(PreAggregation):
-    """Means of random groups of ``size`` updates (Karimireddy, He and Jaggi, ICLR 2022, Algorithm 1).
+    """Means of random groups of ``size`` updates (Karimireddy, He and Jaggi, ICLR 2022).
 
     ⌈n / size⌉ updates are left, of which up to f hold a liar's: f / ⌈n / size⌉ must be what the rule after it stands.
 
