@@ -150,6 +150,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for task in ("digits", "fashion"):
         rows = {(r["alpha"], r["algorithm"]): r["curves"] for r in found["convergence"] if r["task"] == task}
         for name in KINDS if rows else ():
+            if name.startswith("Ditto"):  # its global model is FedAvg's
+                continue
             cells = []
             for alpha in ALPHAS:
                 goals = [path[-1] for path in rows[alpha, "FedAvg"]]
@@ -164,10 +166,10 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             pair = (statistics.mean(row[key]) for key in ("global_at_sites", "personal"))
             cells = " | ".join(f"{100 * value:.1f}" for value in pair)
             lines.append(f"| {row['task']} | {row['alpha']:g} | {cells} |")
-    lines += ["", "Simulated minutes to 85 % on digits (α = 0.5), sites' speeds log-normal with σ = 0.8:", ""]
+    lines += ["", "Simulated minutes to 80 % on digits (α = 0.5), sites' speeds log-normal with σ = 0.8:", ""]
     lines += ["| way | " + " | ".join(f"seed {seed}" for seed in SEEDS) + " |", "|---|" + "---|" * len(SEEDS)]
     for way in dict.fromkeys(row["way"] for row in found["race"]):
-        reached = [to_reach(row["path"], 0.85) for row in found["race"] if row["way"] == way]
+        reached = [to_reach(row["path"], 0.8) for row in found["race"] if row["way"] == way]
         lines.append(f"| {way} | " + " | ".join("—" if t is None else f"{t / 60:.1f}" for t in reached) + " |")
     return "\n".join(lines) + "\n"
 

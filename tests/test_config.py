@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     ("environ", "message"),
     [
         ({"SFL_NUM_ROUND": "1"}, r"got 'SFL_NUM_ROUND'\. Did you mean 'SFL_NUM_ROUNDS'\?"),
-        ({"SFL_XQJWVZYKHU": "1"}, r"got 'SFL_XQJWVZYKHU'\. Known: SFL_ALGORITHM"),
+        ({"SFL_XQJWVZYKHU": "1"}, r"got 'SFL_XQJWVZYKHU'\. Known: SFL_AGGREGATION"),
         ({"SFL_NUM_ROUNDS": "many"}, r"a whole number, got 'many' \(environment SFL_NUM_ROUNDS\)"),
         ({"SFL_NUM_ROUNDS": ""}, "a whole number, got ''"),
         ({"SFL_VERBOSE": "maybe"}, "verbose must be true or false, got 'maybe'"),

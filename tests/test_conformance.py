@@ -15,7 +15,7 @@ import pytest
 
 from sfl.core import arrays, check, rng
 from sfl.core.aggregator import Aggregator, Sum, WeightedMean
-from sfl.core.task import SERVER, Update
+from sfl.core.task import FIT, SERVER, Task, Update
 from sfl.core.transform import Chain, Divide, Transform, chain
 from sfl.errors import RoundError, SflError
 from sfl.privacy.clip import Clip
@@ -29,7 +29,24 @@ from sfl.privacy.filters import (
     SparseVector,
     TopK,
 )
+from sfl.server.robust import (
+    NNM,
+    Bucketing,
+    Bulyan,
+    CenteredClipping,
+    CoordinateMedian,
+    CosineTrust,
+    FLTrust,
+    FoundationFL,
+    GeometricMedian,
+    Krum,
+    MultiKrum,
+    NormBound,
+    PreAggregated,
+    TrimmedMean,
+)
 from sfl.types import Parameters, StateTree
+from sfl.utils.plain import describe, restore
 
 Edge = Literal["passes", "raises", "absorbs"]
 """What becomes of NaN and inf: they pass through, the method raises, or the result is finite all the same."""
@@ -163,6 +180,20 @@ TRANSFORMS: dict[str, TransformCase] = {
 AGGREGATORS: dict[str, AggregatorCase] = {
     "weighted mean": AggregatorCase(make=WeightedMean, not_finite="passes"),
     "sum": AggregatorCase(make=Sum, not_finite="passes", mean_like=False),
+    "krum": AggregatorCase(make=lambda: Krum(1), not_finite="raises"),
+    "multi-krum": AggregatorCase(make=lambda: MultiKrum(2), not_finite="raises"),
+    "bulyan": AggregatorCase(make=lambda: Bulyan(1), not_finite="raises"),
+    "trimmed mean": AggregatorCase(make=lambda: TrimmedMean(0.2), not_finite="raises"),
+    "median": AggregatorCase(make=CoordinateMedian, not_finite="raises"),
+    "geometric median": AggregatorCase(make=GeometricMedian, not_finite="raises"),
+    "centered clipping": AggregatorCase(make=lambda: CenteredClipping(1e3, 2), not_finite="raises"),
+    "foundation-fl": AggregatorCase(make=lambda: FoundationFL(2), not_finite="raises"),
+    "foundation-fl, median": AggregatorCase(make=lambda: FoundationFL(2, "median"), not_finite="raises"),
+    "cosine trust": AggregatorCase(make=lambda: CosineTrust(0.1, allow_untrusted_reference=True), not_finite="raises"),
+    "fltrust": AggregatorCase(make=lambda: FLTrust(parameters("f8", 0)), not_finite="raises", mean_like=False),
+    "nnm": AggregatorCase(make=lambda: PreAggregated(Krum(2), NNM(2)), not_finite="raises"),
+    "bucketing": AggregatorCase(make=lambda: PreAggregated(CoordinateMedian(), Bucketing(2)), not_finite="raises"),
+    "norm bound": AggregatorCase(make=lambda: NormBound(WeightedMean(), 100.0), not_finite="absorbs"),
 }
 
 
@@ -382,6 +413,34 @@ def test_aggregate_of_equal_updates_and_of_zero(case: AggregatorCase) -> None:
             np.testing.assert_allclose(array, one.delta[name], rtol=1e-5)
     zero = [replace(u, delta=arrays.zeros_like(u.delta)) for u in equal]
     assert arrays.l2_norm(case.make().aggregate(zero).delta) == 0.0
+
+
+@rows(AGGREGATORS)
+def test_what_an_aggregator_remembers_can_be_checkpointed_and_resumed(case: AggregatorCase) -> None:
+    aggregator, sent = case.make(), parameters("f4", 99)
+    state = aggregator.init(sent)
+    for round in range(1, 4):
+        updates = [replace(u, delta=arrays.read_only(u.delta)) for u in cohort(case)]
+        updates[0] = update("f4", "site-1", seed=round, scale=1.0)
+        task, kept = Task(FIT, round, arrays.read_only(sent)), copy.deepcopy(state)
+        assert is_tree(state)
+        resumed, later = case.make().step(updates, task, pickle.loads(pickle.dumps(state)))
+        out, after = aggregator.step(updates, task, state)
+        assert same(out.delta, resumed.delta)
+        assert same(after, later)
+        for array in out.delta.values():
+            array[...] = 7  # the aggregate is the callee's: what is remembered is not
+        assert same(after, later)
+        assert same(state, kept)
+        state = after
+
+
+@rows(AGGREGATORS)
+def test_an_aggregator_travels_as_plain_values(case: AggregatorCase) -> None:
+    aggregator, updates = case.make(), cohort(case)
+    there = restore(describe(aggregator))
+    assert type(there) is type(aggregator)
+    assert same(there.aggregate(updates).delta, aggregator.aggregate(updates).delta)
 
 
 @rows(AGGREGATORS)

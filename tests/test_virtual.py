@@ -16,8 +16,9 @@ from sfl.core.task import EVALUATE, FIT, SIMULATED_SECONDS, Status, Task
 from sfl.engine.clock import SiteProfile, VirtualClock
 from sfl.engine.local import LocalEngine
 from sfl.engine.virtual import VirtualEngine
-from sfl.env import SimEnv, environment
+from sfl.env import SimEnv
 from sfl.errors import ConfigError
+from sfl.esm2.config import ESM2RunConfig
 from sfl.recipe import FedAvgRecipe, FedBuffRecipe
 from sfl.types import FederationConfig
 
@@ -131,8 +132,8 @@ def test_speeds_are_drawn_by_the_seed_about_the_median() -> None:
 def test_clocks_that_are_none_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         VirtualClock(**options)
-    with pytest.raises(ConfigError, match="backend must be sim in simulated time"):
-        environment("flower", clock=VirtualClock(site_seconds=1.0))
+    with pytest.raises(ConfigError, match="site_seconds must come with backend=sim"):
+        ESM2RunConfig(simulation=VirtualClock(site_seconds=1.0), federation=FederationConfig(backend="flower"))
 
 
 CLOCK = VirtualClock(site_seconds=1.0, site_spread=0.8, site_bandwidth=100.0, site_period=6.0, site_online=0.6)

@@ -21,9 +21,9 @@ ConfigFile = Annotated[
     Path | None,
     Parameter(
         name="--config",
-        help="YAML file with sections federation, client, privacy and logging. Without it, config/default.yaml and "
-        "then config/<job>.yaml are read where they exist in the current folder. Environment variables SFL_<OPTION> "
-        "win over files, and flags win over both.",
+        help="YAML file with sections federation, client, privacy, aggregation and logging. Without it, "
+        "config/default.yaml and then config/<job>.yaml are read where they exist in the current folder. Environment "
+        "variables SFL_<OPTION> win over files, and flags win over both.",
     ),
 ]
 RunFolder = Annotated[
@@ -39,20 +39,24 @@ RunFolder = Annotated[
 def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
     """Train ESM2, a protein language model, on several sites."""
     resolved = resolve_esm2(config, resume, overrides)
-    from sfl.env import environment
+    from sfl.env import SimEnv, environment
     from sfl.esm2.main import run_esm2
+    from sfl.server.robust.assembly import build_attack
 
     options = resolved.config
     try:
         federation = options.federation
-        env = environment(
-            federation.backend,
-            device=options.client.device,
-            startup_kit=federation.startup_kit,
-            superlink=federation.superlink,
-            root_certificates=federation.root_certificates,
-            clock=options.simulation,
-        )
+        if federation.backend == "sim":
+            attack = build_attack(options.aggregation, federation.seed)
+            env = SimEnv(device=options.client.device, clock=options.simulation, attack=attack)
+        else:
+            env = environment(
+                federation.backend,
+                device=options.client.device,
+                startup_kit=federation.startup_kit,
+                superlink=federation.superlink,
+                root_certificates=federation.root_certificates,
+            )
         return run_esm2(resolved, env, resume=resume)
     except (SflError, OSError):
         if options.logging.verbose:

@@ -45,6 +45,13 @@ class Aggregator(ABC):
             CompositionError: If they cannot, with what to change.
         """
 
+    def screen(self, update: Update) -> None:  # noqa: B027 - most take any update that keeps the contract
+        """Whether one update may go in; asked as it arrives, before the round is aggregated.
+
+        Raises:
+            UpdateError: If not: the site is rejected, with these words.
+        """
+
     def init(self, parameters: Parameters) -> StateTree:  # noqa: ARG002
         """What it remembers before the first round of a model like this."""
         return None

@@ -107,6 +107,8 @@ class VirtualEngine(Engine):
     def recall(self, state: StateTree) -> None:
         """Go on at the time at which a run was left."""
         kept: Any = state
+        if "now" not in kept:  # the run was begun in real time
+            return
         self._now = float(kept["now"])
         self._promised = {str(site): float(done) for site, done in kept["busy"].items()}
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from sfl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sfl.engine.clock import VirtualClock
     from sfl.env.flower import FlowerEnv, FlowerSimEnv
     from sfl.env.nvflare import FlareSimEnv, FlowerInFlareEnv, PocEnv
     from sfl.env.production import ProdEnv
@@ -48,7 +47,6 @@ def environment(
     startup_kit: str | None = None,
     superlink: str | None = None,
     root_certificates: str | None = None,
-    clock: VirtualClock | None = None,
 ) -> Environment:
     """The environment that ``--backend`` names.
 
@@ -58,16 +56,10 @@ def environment(
         startup_kit: Folder of an admin's kit, which nvflare-prod needs.
         superlink: Address of a SuperLink that runs already, for flower-deploy.
         root_certificates: File of certificates that the SuperLink is checked with.
-        clock: Simulated time, for sim.
 
     Raises:
-        ConfigError: If simulated time is asked of another backend than sim, nvflare-prod is named without a kit, or a
-            SuperLink with another backend than flower-deploy.
+        ConfigError: If nvflare-prod is named without a kit, or a SuperLink with another backend than flower-deploy.
     """
-    if clock is not None and clock.is_on:
-        if backend != "sim":
-            raise ConfigError(f"backend must be sim in simulated time (site_seconds), got {backend!r}.")
-        return __getattr__("SimEnv")(device=device, clock=clock)
     if backend == "flower-deploy":
         roots = Path(root_certificates) if root_certificates is not None else None
         return __getattr__("FlowerEnv")(device=device, superlink=superlink, root_certificates=roots)

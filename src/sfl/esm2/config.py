@@ -9,6 +9,7 @@ from sfl.engine.clock import VirtualClock
 from sfl.errors import ConfigError
 from sfl.privacy.config import PrivacyConfig
 from sfl.server.config import AlgorithmConfig
+from sfl.server.robust.config import AggregationConfig
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
 MAX_RESIDUES = 1022
@@ -66,6 +67,7 @@ class ESM2RunConfig:
         algorithm: Which federated algorithm.
         simulation: How long sites take in simulated time, for the backend sim.
         privacy: Its protections.
+        aggregation: How updates become one, and which sites of a simulation lie.
         logging: What the run says, and where it writes.
     """
 
@@ -74,4 +76,16 @@ class ESM2RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     simulation: VirtualClock = field(default_factory=VirtualClock)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        backend = self.federation.backend
+        if self.aggregation.attack is not None and backend != "sim":
+            raise ConfigError(
+                f"attack must come with backend=sim, where sites are simulated, got {backend}. Leave it out."
+            )
+        if self.simulation.is_on and backend != "sim":
+            raise ConfigError(
+                f"site_seconds must come with backend=sim, where time can be simulated, got {backend}. Leave it out."
+            )

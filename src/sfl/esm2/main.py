@@ -87,6 +87,8 @@ def esm2_job(config: ESM2RunConfig, say: Callable[[str], object]) -> Recipe:
     """The recipe alone, after a look at model and data."""
     from sfl.esm2.client import federated_data
 
+    if config.aggregation.attack is not None:
+        raise ConfigError(f"attack must be none in a job for others, got {config.aggregation.attack}. Leave it out.")
     model = find_model(config.client.model)
     say(model.why)
     pinned = _pinned(config, model, None)

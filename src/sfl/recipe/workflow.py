@@ -7,6 +7,7 @@ from typing import Self
 
 from sfl.client.rule import LocalRule
 from sfl.client.swarm import SwarmRule
+from sfl.core.aggregator import Aggregator, WeightedMean
 from sfl.errors import CompositionError
 from sfl.recipe.averaging import FedAvgRecipe
 from sfl.recipe.base import Recipe
@@ -38,6 +39,7 @@ class _OrderedRecipe(FedAvgRecipe):
     def _check_plain(self) -> None:
         federation = self.federation
         odd = {
+            "aggregator": not self._takes(self.aggregator),
             "fraction_fit": federation.fraction_fit != 1.0,
             "sampling": federation.sampling != "fixed",
             "schedule": self.schedule is not None and self.schedule.changes,
@@ -48,6 +50,10 @@ class _OrderedRecipe(FedAvgRecipe):
                 f"{type(self).__name__} must be left its own order of sites and rounds, got {', '.join(wrong)}. "
                 "Leave them out."
             )
+
+    def _takes(self, aggregator: Aggregator) -> bool:
+        """Whether the job uses an aggregator like this."""
+        return isinstance(aggregator, WeightedMean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,13 @@ class CyclicRecipe(_OrderedRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmRecipe(_OrderedRecipe):
-    """Swarm learning: FedAvg whose aggregating site changes every round; see ``Swarm``. It needs ``sfl[privacy]``."""
+    """Swarm learning: FedAvg whose aggregating site changes every round; see ``Swarm``. It needs ``sfl[privacy]``.
+
+    Any aggregator will do that remembers nothing from round to round, as another site holds it in each.
+    """
+
+    def _takes(self, aggregator: Aggregator) -> bool:
+        return type(aggregator).step is Aggregator.step
 
     def algorithm(self) -> Workflow:
         """The server's half."""
@@ -91,6 +103,9 @@ class FedBuffRecipe(_OrderedRecipe):
 
     buffer: int = 2
     concurrency: int = 0
+
+    def _takes(self, aggregator: Aggregator) -> bool:  # noqa: ARG002
+        return True
 
     def algorithm(self) -> Workflow:
         """The workflow."""

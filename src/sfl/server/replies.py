@@ -10,18 +10,22 @@ from sfl.core import arrays, check, sparse
 from sfl.core.aggregator import Aggregator
 from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, Reply, Status, Task, Update
 from sfl.errors import UpdateError
+from sfl.server.job import Job
 from sfl.types import Metrics, Parameters, StateTree
 
 __all__ = ["MetricsMean", "aggregated", "screened"]
 
 
-def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
+def screened(reply: Reply, task: Task, expected: Parameters, job: Job) -> Reply:
     """The server's own look: nothing that breaks the contract reaches an aggregator, whoever sent it.
+
+    Where a job fixes the weight of every update, it has that weight, whatever a site says.
 
     Args:
         reply: What arrived.
         task: What it answers.
         expected: What an update of it may hold.
+        job: The job.
     """
     update = reply.update
     if reply.status is not Status.USED:
@@ -39,6 +43,11 @@ def screened(reply: Reply, task: Task, expected: Parameters) -> Reply:
         else:  # a task of a workflow's own answers with what arrays it likes
             check.check_arrays(update)
         check.check_metrics(update.site, update.metrics)
+        if task.name == FIT:
+            if job.program.fixed_weight is not None:
+                update = replace(update, weight=job.program.fixed_weight)
+                reply = replace(reply, update=update)
+            job.aggregator.screen(update)
     except UpdateError as error:
         return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds)
     return reply

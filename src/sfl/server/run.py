@@ -223,7 +223,7 @@ class Run:
                 self.seconds[task.name] += time.perf_counter() - started
             if reply is None:
                 return
-            reply = self._with_figures(self._counted_on(screened(reply, task, expected), task), task)
+            reply = self._with_figures(self._counted_on(screened(reply, task, expected, self.job), task), task)
             self.record(task, reply)
             if reply.update is not None:
                 yield reply.update

@@ -109,6 +109,9 @@ def run_job(
         if out is not None:
             state, hooks = stack.enter_context(_files(out, job, resume=resume, observers=hooks.observers))
         carrier = stack.enter_context(engine(job, RunFolder(out).sites if out is not None else None))
+        if out is not None:
+            facts = RunFolder(out).read_json("environment.json") or {}
+            RunFolder(out).write_json("environment.json", {**facts, "engine": carrier.describe()})
         _check_same_privacy(job, hooks.ledger, state)
         if state is not None and job.mechanisms:
             hooks.ledger.must_cover(state.round)

@@ -128,7 +128,7 @@ class Sites:
             sent = self._sent.get(reply.ticket)
             if sent is None or reply.site not in sent.open:
                 continue
-            reply = owned(screened(reply, sent.task, sent.task.parameters))
+            reply = owned(screened(reply, sent.task, sent.task.parameters, self._run.job))
             replies.close()  # type: ignore[attr-defined]
             self._close(reply.ticket, reply.site)
             self._run.record(sent.task, reply)
