@@ -159,7 +159,12 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 middle = statistics.median(rounds_to(path, goal) for path, goal in pairs)
                 cells.append("—" if np.isinf(middle) else f"{middle:g}")
             lines.append(f"| {task} | {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Ditto: accuracy on the sites' own images, of the global and of the personal models (means):", ""]
+    return "\n".join([*lines, *more(found)]) + "\n"
+
+
+def more(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Of personal models, and of simulated time."""
+    lines = ["", "Ditto: accuracy on the sites' own images, of the global and of the personal models (means):", ""]
     lines += ["| task | α | global | personal |", "|---|---|---|---|"]
     for row in found["convergence"]:
         if "personal" in row:
@@ -171,7 +176,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for way in dict.fromkeys(row["way"] for row in found["race"]):
         reached = [to_reach(row["path"], 0.8) for row in found["race"] if row["way"] == way]
         lines.append(f"| {way} | " + " | ".join("—" if t is None else f"{t / 60:.1f}" for t in reached) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
