@@ -12,6 +12,7 @@ from cyclopts import Parameter as Flag
 from sfl.cli.commands import resolve_esm2
 from sfl.errors import ConfigError
 from sfl.types import FederationConfig, Parameters
+from sfl.utils.bounds import upper
 
 if TYPE_CHECKING:
     from sfl.core.mechanism import DpEvent
@@ -83,7 +84,9 @@ def _audit_sites(
     for line in report.statement():
         sys.stdout.write(f"{line}\n")
     if spent:
-        sys.stdout.write(f"the run's own ledger: ε ≤ {spent['epsilon']:.3g}, over {spent['events']} noisy releases\n")
+        sys.stdout.write(
+            f"the run's own ledger: ε ≤ {upper(spent['epsilon'])}, over {spent['events']} noisy releases\n"
+        )
     return {**report.to_dict(), "backend": backend, "run": spent}
 
 

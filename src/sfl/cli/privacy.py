@@ -12,6 +12,7 @@ from sfl.cli.options import with_options
 from sfl.esm2.config import ESM2RunConfig
 from sfl.privacy.config import PrivacyConfig
 from sfl.types import FederationConfig
+from sfl.utils.bounds import upper
 
 _OTHERS = {"dpsgd", "svt_privacy", "percentile_epsilon"}  # protections beside --dp
 _FACTORS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
@@ -88,5 +89,5 @@ def _write_examples(options: ESM2RunConfig) -> None:
 def _table(noise: float, epsilons: Callable[[float], list[float]]) -> None:
     sys.stdout.write("\n  noise      ε\n")
     for factor in _FACTORS if noise > 0.0 else ():
-        found = "  ".join(f"{epsilon:>6.4g}" for epsilon in epsilons(noise * factor))
+        found = "  ".join(f"{upper(epsilon, 4):>6}" for epsilon in epsilons(noise * factor))
         sys.stdout.write(f"  {noise * factor:<8.4g} {found}{'  ← this plan' if factor == 1.0 else ''}\n")

@@ -30,6 +30,7 @@ from sfl.io.summary import Summary
 from sfl.io.words import best_source, first_metrics, metric_name, metric_value, one_line, outcomes, size, span
 from sfl.io.words import traffic as traffic_words
 from sfl.types import LogFormat, Metrics
+from sfl.utils.bounds import upper
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -251,7 +252,7 @@ class _Screen(_Closing):
         if event.round == 0:
             return took
         spent = event.fit.get(EXAMPLE_EPSILON)
-        words = "" if spent is None else f" · ε {spent:.3g} for each example so far"
+        words = "" if spent is None else f" · ε {upper(spent)} for each example so far"
         return f"{outcomes(event.sites)} · {took} · {traffic_words(event, nbytes)}{words}"
 
     def _finish(self, event: RunFinished) -> None:

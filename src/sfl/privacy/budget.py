@@ -10,6 +10,7 @@ from typing import Any
 from sfl.core.mechanism import Adjacency, Adversary, DpEvent
 from sfl.errors import BudgetExhausted, ConfigError
 from sfl.privacy.accountant import Guarantee, Method, PrivacyAccountant, guarantees, worst_off
+from sfl.utils.bounds import upper
 
 __all__ = ["PrivacyBudget", "example_report", "example_statement", "statement"]
 
@@ -69,7 +70,7 @@ class PrivacyBudget:
         for guarantee, since in alone + [(each, ", with earlier runs on the same data,") for each in total]:
             if guarantee.epsilon > self.max_epsilon:
                 raise BudgetExhausted(
-                    f"the next round would spend{since} ε = {guarantee.epsilon:.3g} for each {guarantee.unit}, "
+                    f"the next round would spend{since} ε = {upper(guarantee.epsilon)} for each {guarantee.unit}, "
                     f"past the budget of {self.max_epsilon:g} (δ = {self.delta:g})"
                 )
 
@@ -170,7 +171,7 @@ def example_statement(epsilons: Mapping[str, float], budget: PrivacyBudget) -> l
         head = "privacy: no formal guarantee for an example: there was no noise that can be accounted"
     else:
         weak = " - too large to mean much" if worst > _WEAK else ""
-        head = f"privacy: ε = {_up(worst):.3g} at δ = {budget.delta:g} for each example of a site{weak}"
+        head = f"privacy: ε = {upper(worst)} at δ = {budget.delta:g} for each example of a site{weak}"
     return [
         head,
         f"hidden: {_UNITS['example', 'add_remove']}; {_ADJACENCY['add_remove'].format(unit='example')}",
@@ -220,15 +221,7 @@ def _weakened(event: DpEvent) -> DpEvent:
 def _figure(guarantee: Guarantee) -> str:
     if math.isinf(guarantee.epsilon):
         return "no formal guarantee"
-    return f"ε = {_up(guarantee.epsilon):.3g} at δ = {guarantee.delta:g}"
-
-
-def _up(value: float) -> float:
-    """To three digits, never below."""
-    if value <= 0.0:
-        return value
-    step = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return math.ceil(value / step - 1e-9) * step
+    return f"ε = {upper(guarantee.epsilon)} at δ = {guarantee.delta:g}"
 
 
 def _plain(guarantee: Guarantee) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sfl.privacy.audit.norm import NormCheck
+from sfl.utils.bounds import upper
 
 __all__ = ["AuditReport"]
 
@@ -111,4 +112,4 @@ class AuditReport:
 
 
 def _figure(epsilon: float) -> str:
-    return "infinity (no guarantee)" if math.isinf(epsilon) else f"{epsilon:.3g}"
+    return "infinity (no guarantee)" if math.isinf(epsilon) else upper(epsilon)
