@@ -68,3 +68,11 @@ class Fails(Steered):
         if self.client_id == 1 and config["round"] == 2:
             raise ArithmeticError("the disk is full")
         return super().compute_update(parameters, config)
+
+
+class Large(Steered):
+    """Adds a little to many numbers."""
+
+    def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
+        self.travelled = 1.0
+        return {name: value + 1e-3 for name, value in parameters.items()}, 1, {}

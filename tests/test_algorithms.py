@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 import clients
-from algorithm_clients import Deaf, Fails, Steered, Unmeasured, quadratic
+from algorithm_clients import Deaf, Fails, Large, Steered, Unmeasured, quadratic
 from sfl.core import rng
-from sfl.core.events import RoundStarted
+from sfl.core.events import Notice, RoundStarted
 from sfl.core.task import Status, Task, Update
 from sfl.core.terms import LocalTerms
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError
+from sfl.privacy.dp import GaussianMechanism
 from sfl.recipe import (
     CyclicRecipe,
     DittoRecipe,
@@ -405,7 +406,8 @@ def test_an_evaluation_trains_nothing() -> None:
 
 
 def test_every_sites_model_is_evaluated_on_every_site() -> None:
-    matrix = run(FedEvalRecipe, cross_site=True).state.algorithm["matrix"]
+    matrix = run(FedEvalRecipe, cross_site=True).cross_site
+    assert matrix is not None
     assert list(matrix) == ["global", "site-1", "site-2", "site-3"]
     for trained in range(3):
         for judge in range(3):
@@ -524,3 +526,29 @@ def test_terms_that_do_nothing_add_nothing() -> None:
     assert terms.needs == frozenset()
     assert terms.named() == {}
     assert FedAvg().asks == frozenset()
+
+
+def test_the_matrix_is_said_and_left_in_the_runs_folder(tmp_path: Path) -> None:
+    recorder = clients.Recorder()
+    result = made(FedEvalRecipe, cross_site=True).execute(CPU, out=tmp_path, observers=(recorder,))
+    assert json.loads((tmp_path / "cross_site.json").read_text()) == result.cross_site
+    said = [event.text for event in recorder.events if isinstance(event, Notice)]
+    assert said[0] == "loss of each model (rows) on each site's data (columns)"
+    assert said[1].split() == ["site-1", "site-2", "site-3"]
+    assert result.cross_site is not None
+    assert said[3].split() == ["site-1", *(f"{row['loss']:.4f}" for row in result.cross_site["site-1"].values())]
+    assert run().cross_site is None
+
+
+@pytest.mark.parametrize("kind", [FedOptRecipe, ScaffoldRecipe, DittoRecipe, FedProxRecipe])
+def test_a_round_of_averaging_may_be_private(kind: Callable[..., FedAvgRecipe]) -> None:
+    """Clip and noise are on all that leaves, SCAFFOLD's control variates among it."""
+    loud = GaussianMechanism(clip_norm=1e-6, noise_multiplier=2.0)
+    recipe = made(kind, sites=2, rounds=1, mechanisms=(loud,), initial_parameters={"w": np.ones(30_000)}, client=Large)
+    state = recipe.execute(CPU).state
+    if kind is FedOptRecipe:  # what noise Adam makes of it is not told by its size
+        return
+    moved = state.parameters["w"] - 1.0
+    assert np.std(moved) == pytest.approx(2e-6 / 2, rel=0.05)
+    if kind is ScaffoldRecipe:
+        assert np.std(state.algorithm["control"]["control/w"]) == pytest.approx(2e-6 / 2, rel=0.05)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sfl.recipe.algorithms import DittoRecipe, FedOptRecipe, FedProxRecipe, ScaffoldRecipe
 from sfl.recipe.averaging import FedAvgRecipe
-from sfl.recipe.workflow import CyclicRecipe, FedBuffRecipe, SwarmRecipe
+from sfl.recipe.workflow import CyclicRecipe, FedBuffRecipe, FedEvalRecipe, SwarmRecipe
 from sfl.server.callbacks import EarlyStopping
 from sfl.server.config import AlgorithmConfig
 from sfl.server.schedule import Schedule
@@ -26,6 +26,8 @@ _KINDS: dict[str, type[FedAvgRecipe]] = {
     "cyclic": CyclicRecipe,
     "swarm": SwarmRecipe,
     "fedbuff": FedBuffRecipe,
+    "evaluate": FedEvalRecipe,
+    "cross-site": FedEvalRecipe,
 }
 
 
@@ -71,6 +73,7 @@ def _own(config: AlgorithmConfig, federation: FederationConfig) -> dict[str, Any
     special: dict[str, dict[str, Any]] = {
         "fedprox": {"proximal_mu": config.proximal_mu},
         "ditto": {"personal_lambda": config.personal_lambda},
+        "cross-site": {"cross_site": True},
         "cyclic": {"order": config.cyclic_order},
         "fedbuff": {"buffer": config.buffer_size or half, "concurrency": config.concurrency},
     }

@@ -22,6 +22,8 @@ AlgorithmName = Literal[
     "cyclic",
     "swarm",
     "fedbuff",
+    "evaluate",
+    "cross-site",
 ]
 _OPTIMIZERS = ("fedavgm", "fedadagrad", "fedyogi", "fedadam")
 
@@ -34,7 +36,8 @@ class AlgorithmConfig:
         algorithm: fedavg; fedprox (a proximal term in the sites' loss); fedavgm, fedadagrad, fedyogi or fedadam (an
             optimizer on the server); scaffold (control variates against drift); ditto (a model of its own at each
             site); cyclic (one model goes round); swarm (another site aggregates in each round); fedbuff (nobody waits
-            for the slowest).
+            for the slowest); evaluate (no training); cross-site (each site trains once, then every site's model is
+            evaluated on every site).
         server_learning_rate: Step of the server; by default 1, and 0.01 with fedadagrad, fedyogi and fedadam.
         server_beta1: First moment of the server's optimizer.
         server_beta2: Second moment, with fedyogi and fedadam.

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sfl.core.algorithm import ServerState
 from sfl.core.events import Event, Notice, Observer, RoundFinished, RunFinished, SiteFinished
@@ -22,7 +23,7 @@ from sfl.privacy.ledger import Budget, PrivacyLedger, dataset_ledger
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
 from sfl.server.run import said_of_examples
-from sfl.types import Parameters
+from sfl.types import Metrics, Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,12 @@ class RunResult:
     def parameters(self) -> Parameters:
         """The final global parameters."""
         return self.state.parameters
+
+    @property
+    def cross_site(self) -> dict[str, dict[str, Metrics]] | None:
+        """Every model's figures on every site, by model and site, of a cross-site evaluation; ``None`` of others."""
+        kept: Any = self.state.algorithm
+        return kept.get("matrix") if isinstance(kept, dict) else None
 
     @property
     def best(self) -> BestModel | None:
@@ -121,7 +128,10 @@ def run_job(
         finally:
             if out is not None and job.has_statement:
                 RunFolder(out).write_json("privacy.json", job.privacy_report(hooks.ledger, history.examples))
-    return RunResult(state, tuple(history.rounds), history.reason, out)
+    result = RunResult(state, tuple(history.rounds), history.reason, out)
+    if out is not None and result.cross_site is not None:
+        RunFolder(out).write_json("cross_site.json", result.cross_site)
+    return result
 
 
 @contextmanager

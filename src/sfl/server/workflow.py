@@ -16,6 +16,7 @@ from typing import Self, TypeAlias
 
 from sfl.core import arrays
 from sfl.core.algorithm import ServerState
+from sfl.core.events import Notice
 from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.base import late, owned
 from sfl.errors import ConfigError
@@ -144,6 +145,10 @@ class Sites:
         updates = _updates(replies)
         self._run.check_enough(self._trained, len(updates))
         return self._run.aggregate(updates, self._trained)
+
+    def say(self, text: str) -> None:
+        """Tell whoever watches the run."""
+        self._run.emit(Notice(text=text))
 
     def check_enough(self, pending: Pending) -> None:
         """Whether enough of what was answered can be used to make a round.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -11,6 +11,9 @@ from sfl.core.algorithm import ServerState
 from sfl.core.task import EVALUATE, Reply, Task
 from sfl.server.workflow import Sites, Workflow, added
 from sfl.types import Metrics, Parameters
+
+MATRIX: Final = "matrix"
+"""Under which the algorithm's state holds the figures: by model, by site."""
 
 GLOBAL: Final = "global"
 """How the matrix calls the model that the run was given."""
@@ -44,9 +47,26 @@ class CrossSiteEvaluation(Workflow):
             models: dict[str, Parameters] = {GLOBAL: state.parameters}
             models |= {r.site: added(state.parameters, r.update) for r in trained if r.update is not None}
             matrix = {name: _figures(sites, state.round + 1, model) for name, model in models.items()}
-            state = replace(state, algorithm={"matrix": matrix})
+            state = replace(state, algorithm={MATRIX: matrix})
             state = sites.finish_round(state, trained, state.parameters, ask_sites=False)
+            for line in in_words(matrix):
+                sites.say(line)
         return state
+
+
+def in_words(matrix: Mapping[str, Mapping[str, Metrics]]) -> list[str]:
+    """A table for each figure: models in rows, sites in columns."""
+    sites = sorted({site for row in matrix.values() for site in row})
+    names = sorted({name for row in matrix.values() for figures in row.values() for name in figures})
+    width = max(len(label) for label in (*matrix, *sites))
+    lines: list[str] = []
+    for name in names:
+        lines.append(f"{name} of each model (rows) on each site's data (columns)")
+        lines.append("  ".join([" " * width, *(site.rjust(width) for site in sites)]))
+        for model, row in matrix.items():
+            cells = (f"{row[site][name]:.4f}" if name in row.get(site, {}) else "-" for site in sites)
+            lines.append("  ".join([model.ljust(width), *(cell.rjust(width) for cell in cells)]))
+    return lines
 
 
 def _figures(sites: Sites, round: int, model: Parameters) -> dict[str, Metrics]:
