@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sfl.engine.launch import Launch
+from sfl.engine.nvflare.decided import end_children
 from sfl.engine.nvflare.federation import ADMIN, SERVER, on_this_machine
 from sfl.engine.nvflare.job import write_job
 from sfl.engine.nvflare.provision import provision, service_command
@@ -33,7 +34,10 @@ def run(launch: Launch) -> int:
         for name in (SERVER, *names):
             log = stack.enter_context((logs / f"flare-{name}.log").open("ab"))
             subprocess.Popen(service_command(kits / name, sys.executable), stdout=log, stderr=subprocess.STDOUT)
-        return submit(launch, kits / ADMIN, job, shares_disk=True)
+        try:
+            return submit(launch, kits / ADMIN, job, shares_disk=True)
+        finally:
+            end_children()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
 from sfl.engine import flower
 from sfl.engine.flower.app_folder import write_app
 from sfl.engine.launch import Launch
+from sfl.engine.nvflare.decided import end_once_decided
 from sfl.engine.nvflare.job import write_flower_job, write_job
 from sfl.engine.nvflare.policy import allow_components
 
@@ -54,6 +55,7 @@ def simulate(launch: Launch, *, through_flower: bool = False) -> int:
         clients=",".join(names),
         threads=min(len(names), max(least, _MOST_PROCESSES)),
     )
+    end_once_decided(launch)
     return int(runner.run() or 0)
 
 

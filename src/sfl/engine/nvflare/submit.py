@@ -23,7 +23,7 @@ from sfl.engine.nvflare.job import write_carrying_job
 from sfl.errors import EngineError
 
 _LOOK = 1.0  # seconds between two looks at FLARE's status of the job
-_AFTER = 30.0  # seconds that FLARE gets to finish a job whose outcome is known
+_GLANCE = 0.1  # seconds between two looks at a file
 _START = 60.0  # seconds that a server which is starting gets
 
 
@@ -47,21 +47,30 @@ class Submission:
     job_id: str
     shares_disk: bool
     offset: int = 0
-    decided: float | None = None
 
     def watch(self) -> int:
-        """Stay until the job has ended; 0 if FLARE calls it completed."""
+        """Stay until the job has ended; 0 if FLARE calls it completed.
+
+        Where the server writes into the launch itself, the job has ended once its outcome is there: sites have let
+        their clients go by then, and FLARE's own tidying is of nothing that is kept.
+        """
         while True:
             status = str(self.session.get_job_status(self.job_id))
             if not self.shares_disk and status == "RUNNING":
                 self._fetch_events()
             if status.startswith(FINISHED):
                 return self._finish(status)
-            if self.launch.outcome.exists():
-                self.decided = self.decided or time.monotonic()
-                if time.monotonic() - self.decided > _AFTER:
-                    return 0
-            time.sleep(_LOOK)
+            if self._is_decided():
+                return 0
+
+    def _is_decided(self) -> bool:
+        """Wait for the next look at FLARE, or for the outcome."""
+        until = time.monotonic() + _LOOK
+        while time.monotonic() < until:
+            if self.shares_disk and self.launch.outcome.exists():
+                return True
+            time.sleep(_GLANCE)
+        return False
 
     def _fetch_events(self) -> None:
         try:
