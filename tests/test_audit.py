@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -42,11 +43,13 @@ from sfl.privacy.audit.scoring import Scoring
 from sfl.privacy.budget import statement
 from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.correlated import BandedMechanism, coefficients
-from sfl.privacy.dp import GaussianMechanism
+from sfl.privacy.dp import GaussianMechanism, analytic_gaussian_delta
 from sfl.privacy.ledger import ledgers_folder
 from sfl.privacy.noise import GaussianNoise
 from sfl.privacy.runner_utils import build_protections
 from sfl.recipe import FedAvgRecipe
+from sfl.train.audited import StepPipeline
+from sfl.train.dpsgd import PrivateTrainer
 from sfl.types import FederationConfig
 
 # Statistics
@@ -503,5 +506,60 @@ def test_a_run_by_dpsgd_has_its_examples_clips_checked(
         monkeypatch.setattr(factors, "combinations", lambda uses, count: ())  # no cross terms
     assert main(["audit", str(run)]) == code
     found = json.loads((run / "audit.json").read_text())["examples"]
-    assert found["holds"] is not doubled
-    assert found["checked"] == 32
+    (norms,) = found["norms"]
+    assert (norms["holds"], norms["checked"]) == (not doubled, 32)
+    assert found["unit"] == "example"
+    assert 0.0 < found["epsilon_lower"] < found["epsilon_claimed"]
+
+
+# A step of DP-SGD
+
+
+class NoNoise(PrivateTrainer[Any]):
+    def _noised(self, parameters: Any, total: Any) -> Any:
+        return {name: total.pop(name).numpy() for name in parameters}
+
+
+class QuarterNoise(PrivateTrainer[Any]):
+    def _noised(self, parameters: Any, total: Any) -> Any:
+        quiet = PrivateTrainer(**{**options(self), "noise_multiplier": self.noise_multiplier / 4.0})
+        return quiet._noised(parameters, total)
+
+
+class NoClip(PrivateTrainer[Any]):
+    def _weights(self, norms: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(norms)
+
+
+def options(trainer: PrivateTrainer[Any]) -> dict[str, Any]:
+    return {field.name: getattr(trainer, field.name) for field in fields(trainer)}
+
+
+def step_audit(kind: Any = PrivateTrainer, noise: float = 2.0, **more: Any) -> AuditReport:
+    common: dict[str, Any] = {"losses": lambda *_: None, "size": len, "learning_rate": 0.1, "expected_batch_size": 16.0}
+    trainer = kind(noise_multiplier=noise, **common, **more)
+    held = StepPipeline(trainer=trainer, canaries=500, delta=1e-5, checked=lambda: NormCheck(1.0, 1.0, 1))
+    return PrivacyAuditor(canaries=500).run_pipeline_audit(held)
+
+
+@pytest.mark.parametrize("more", [{}, {"clipping": "ghost"}, {"autoclip": True}, {"clip_norm": 0.01}])
+def test_a_sound_step_of_dpsgd_stays_below_its_claim(more: dict[str, Any]) -> None:
+    reports = [step_audit(**more) for _ in range(20)]
+    assert not any(report.contradicted for report in reports)
+    assert all(report.can_contradict for report in reports)
+    assert sum(report.epsilon_lower > 0.0 for report in reports) >= 10, (
+        "an audit that always says nothing shows nothing"
+    )
+    assert analytic_gaussian_delta(2.0, reports[0].epsilon_claimed) == pytest.approx(1e-5, rel=0.05)
+
+
+@pytest.mark.parametrize("more", [{}, {"clipping": "ghost"}, {"autoclip": True}])
+@pytest.mark.parametrize("broken", [NoNoise, NoClip, QuarterNoise])
+def test_a_broken_step_of_dpsgd_is_found_out(broken: Any, more: dict[str, Any]) -> None:
+    assert sum(step_audit(broken, **more).contradicted for _ in range(20)) >= 19
+
+
+def test_what_an_audited_step_says_is_of_examples() -> None:
+    said = step_audit().statement()
+    assert "for each example" in said[1]
+    assert "from the noisy sums of steps in 1 round;" in said[2]

@@ -33,7 +33,7 @@ from sfl.types import Parameters
 if TYPE_CHECKING:
     from transformers import EsmForMaskedLM
 
-__all__ = ["PrivateTraining", "example_norms", "mlm_losses"]
+__all__ = ["PrivateTraining", "example_norms", "first_site", "mlm_losses"]
 
 _LOOKED_AT = 32  # proteins of an audit
 
@@ -135,6 +135,14 @@ def mlm_losses(module: nn.Module, batch: MaskedBatch) -> ExampleLosses:
     return ExampleLosses(losses, BatchLoss(each.sum(), len(batch.targets), correct))
 
 
+def first_site(config: ESM2RunConfig) -> tuple[PrivateTraining, PackedProteins]:
+    """How the run's first site trains, and its proteins."""
+    from sfl.esm2.client import federated_data
+
+    proteins = PackedProteins.pack(record.sequence for record in federated_data(config)[0].sites[0].train)
+    return PrivateTraining.of(config, len(proteins)), proteins
+
+
 def example_norms(config: ESM2RunConfig, model: ModelSource, parameters: Parameters | None) -> NormCheck:
     """What single proteins of the first site add to a step's sum, before its noise, against the bound.
 
@@ -143,13 +151,12 @@ def example_norms(config: ESM2RunConfig, model: ModelSource, parameters: Paramet
         model: Its model.
         parameters: Where it stands; ``None`` for the model as it is loaded.
     """
-    from sfl.esm2.client import federated_data, resident_model
+    from sfl.esm2.client import resident_model
 
     module = resident_model(model, "cpu")
     if parameters is not None:
         load_parameters(module, parameters)
-    proteins = PackedProteins.pack(record.sequence for record in federated_data(config)[0].sites[0].train)
-    training = PrivateTraining.of(config, len(proteins))
+    training, proteins = first_site(config)
     trainer = training.trainer()
     names = chosen_layers(parse_layers(config.privacy.freeze_layers), list(lend_parameters(module)))
     with frozen(module, names):

@@ -14,6 +14,7 @@ from sfl.errors import ConfigError, ModelError
 from sfl.privacy import noise
 from sfl.train.per_example import Recorder, recording, trained_parameters
 from sfl.train.trainer import Batch, BatchLoss, Outcome, Tally, adamw, evaluate, seed_draws
+from sfl.types import Array
 
 __all__ = ["Clipping", "ExampleLosses", "PrivateTrainer"]
 
@@ -147,6 +148,15 @@ class PrivateTrainer(Generic[Batch]):
             self._add_clipped(recorder, batch, total, Tally(next(module.parameters()).device))
         return {name: total.get(name, torch.zeros_like(p.data)) for name, p in trained_parameters(module).items()}
 
+    def noisy_sum(self, module: nn.Module, sample: Sequence[Batch]) -> dict[str, Array]:
+        """Σ_i w_i g_i + N(0, (zS)²) of one Poisson sample by parameter: all that a step takes from its examples."""
+        total: dict[str, Tensor] = {}
+        parameters = trained_parameters(module)
+        with recording(module) as recorder:
+            for batch in sample:
+                self._add_clipped(recorder, batch, total, Tally(next(module.parameters()).device))
+        return self._noised(parameters, total)
+
     def _add_clipped(self, recorder: Recorder, batch: Batch, total: dict[str, Tensor], tally: Tally) -> None:
         size, seen = self.size(batch), list[BatchLoss]()
         if size == 0:
@@ -168,12 +178,16 @@ class PrivateTrainer(Generic[Batch]):
         weights = 1.0 / (norms + _STABILISER) if self.autoclip else (self.clip_norm / norms).clamp(max=1.0)
         return torch.where(norms.isfinite(), weights, 0.0)
 
+    def _noised(self, parameters: dict[str, nn.Parameter], total: dict[str, Tensor]) -> dict[str, Array]:
+        """The sum with its noise, also on parameters that no example reached; ``total`` is emptied."""
+        sums = {name: total.pop(name, torch.zeros_like(p.data)).cpu().numpy() for name, p in parameters.items()}
+        sigma = self.noise_multiplier * self.sensitivity
+        return noise.add_noise(sums, sigma, noise.secret()) if sigma else sums
+
     def _step(
         self, parameters: dict[str, nn.Parameter], total: dict[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        sums = {name: total.pop(name, torch.zeros_like(p.data)).cpu().numpy() for name, p in parameters.items()}
-        sigma = self.noise_multiplier * self.sensitivity
-        noised = noise.add_noise(sums, sigma, noise.secret()) if sigma else sums
+        noised = self._noised(parameters, total)
         for name, parameter in parameters.items():
             parameter.grad = torch.from_numpy(noised[name]).to(parameter.device).div_(self.expected_batch_size)
         optimizer.step()

@@ -11,6 +11,8 @@ from sfl.utils.bounds import upper
 
 __all__ = ["AuditReport"]
 
+_OWN = {"site": "each site's own updates", "example": "the noisy sums of steps"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
@@ -83,7 +85,7 @@ class AuditReport:
     def statement(self) -> list[str]:
         """The audit in words, for a data-protection officer."""
         runs = f" in {self.runs} runs" if self.runs > 1 else ""
-        seen = "the models of" if self.sees == "models" else "each site's own updates in"
+        seen = "the models of" if self.sees == "models" else f"{_OWN.get(self.unit, 'updates')} in"
         return [
             f"audit: {self.verdict}",
             f"measured: ε ≥ {self.epsilon_lower:.3g} at δ = {self.delta:g} for each {self.unit}, with "
