@@ -199,7 +199,7 @@ def row(task: str, unit: str, name: str, run: Callable[[float, int], float]) -> 
 # ESM2
 
 
-FROZEN = "esm*,lm_head.dense*,lm_head.layer_norm*,lm_head.decoder*"
+FROZEN = "esm*,lm_head.dense*,lm_head.layer_norm*"
 """All but the bias of the scores: noise on a sum of sites grows with the coordinates that are trained."""
 
 
@@ -258,7 +258,7 @@ def esm2_kinds() -> list[Esm2Kind]:
     turns = FederationConfig(num_clients=24, num_rounds=8, sampling="turns", fraction_fit=0.25)
     bias: dict[str, Any] = {"steps": 1, "rate": 0.3, "freeze": FROZEN}
     return [
-        Esm2Kind("example", "DP-SGD, the demo's model", two, examples, steps=8, rate=4e-3, fresh=False),
+        Esm2Kind("example", "DP-SGD, the demo's model", two, examples, steps=8, rate=1e-3, fresh=False),
         Esm2Kind("example", "DP-SGD, random weights", two, examples, steps=8, rate=4e-3),
         Esm2Kind("site", "Gaussian, all 24 sites", everybody, of_sites("gaussian"), **bias),
         Esm2Kind("site", "Gaussian, turns of 4", turns, of_sites("gaussian"), **bias),
