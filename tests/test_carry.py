@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from scripts import EXAMPLES, LOOP, recipe, write
 from sfl.client.script_code import placed, script_files, unplaced
 from sfl.engine.launch import Launch
 from sfl.engine.nvflare.carried import carried_by_server, carried_by_site, given_launch
+from sfl.engine.nvflare.job import write_carrying_job
+from sfl.engine.owner import KEY as KEY_FILE
+from sfl.engine.owner import new_key, run_of
 from sfl.env.carry import Cargo, carried_settings
 from sfl.env.production import export_job
 from sfl.errors import ConfigError, EngineError
@@ -135,16 +139,85 @@ def test_on_the_server_a_job_without_code_may_not_name_a_model_to_make(tmp_path:
         restore(load_tree(launch.recipe), allow=launch.allowed())
 
 
-def test_a_run_id_comes_from_the_job_and_cannot_lead_elsewhere(tmp_path: Path) -> None:
+def test_a_job_without_an_owner_is_a_run_of_its_own_and_names_no_other(tmp_path: Path) -> None:
     workspace = deployed(exported(sum_recipe(), tmp_path / "job"), "site_app", tmp_path / "site")
-    one = Path(carried_by_site(Context(workspace, byoc=False)).read_settings()["sites"])
-    assert one.parent.parent == tmp_path / "site" / "sfl-runs"
+    one, again = (carried_by_site(Context(workspace, byoc=False)).read_settings()["sites"] for _ in range(2))
+    assert one == again
+    assert Path(one).parent.parent == tmp_path / "site" / "sfl-runs"
     launch = carried_by_site(Context(workspace, byoc=False))
-    launch.add_settings(run="../../elsewhere")
-    with pytest.raises(EngineError, match="a run id must be 32 hexadecimal digits"):
-        carried_by_site(Context(workspace, byoc=False))
+    for run in ("../../elsewhere", run_of(KEY)):
+        launch.add_settings(run=run)
+        with pytest.raises(EngineError, match="must be signed with the key of that run, got no signature"):
+            carried_by_site(Context(workspace, byoc=False))
     with pytest.raises(EngineError, match="must have a workspace"):
         carried_by_site(Context(None, byoc=False))
+
+
+KEY = new_key()
+
+
+def owned(folder: Path, key: bytes = KEY, **said: Any) -> Path:
+    """A job that its owner has signed."""
+    subject, launch = sum_recipe(), Launch(folder / "launch")
+    launch.folder.mkdir(parents=True)
+    job = subject.build()
+    Cargo.of(subject, job).write(launch, carried_settings(job, "cpu") | {"run": run_of(KEY)} | said)
+    (launch.folder / KEY_FILE).write_bytes(key)
+    return write_carrying_job(folder, "job", launch, ("site-1", "site-2"))
+
+
+TAKE = {"server_app": carried_by_server, "site_app": carried_by_site}
+
+
+@pytest.mark.parametrize("app", TAKE)
+def test_a_run_is_of_who_has_its_key(app: str, tmp_path: Path) -> None:
+    job = owned(tmp_path / "1", out="/elsewhere", sites="/elsewhere", keeper=1)
+    assert not any(KEY in file.read_bytes() for file in job.rglob("*") if file.is_file())
+    workspace = deployed(job, app, tmp_path / "machine")
+    launch, again = (TAKE[app](Context(workspace, byoc=False)) for _ in range(2))  # as after a restart
+    settings = launch.read_settings()
+    assert settings == again.read_settings()
+    assert "keeper" not in settings
+    made = Path(settings["out" if app == "server_app" else "sites"])
+    assert made.parent == tmp_path / "machine" / "sfl-runs" / run_of(KEY)
+    with pytest.raises(EngineError, match="must be new, got a copy of one that was given before"):
+        redeployed(job, app, workspace, "0b")
+    theirs = redeployed(owned(tmp_path / "2", new_key()), app, workspace, "0c")  # who names a run has not its key
+    assert theirs.read_settings()["run"] not in ("", run_of(KEY))
+    assert redeployed(owned(tmp_path / "3"), app, workspace, "0d").read_settings()["run"] == run_of(KEY)
+    with pytest.raises(EngineError, match="must be new, got a copy"):
+        TAKE[app](Context(workspace, byoc=False))
+
+
+def redeployed(job: Path, app: str, workspace: Any, name: str) -> Launch:
+    """What a machine takes of another job."""
+    source = job / app
+    source = source if source.exists() else Path(workspace.get_app_dir("0a"))
+    shutil.copytree(source, workspace.get_app_dir(name))
+    return TAKE[app](Context(workspace, byoc=False, job=name))
+
+
+CARRIED = {
+    "server_app": ("order.json", "program.json", "recipe.safetensors", "owner.json", "launch.json"),
+    "site_app": ("order.json", "program.json", "owner.json", "launch.json"),
+}
+
+
+@pytest.mark.parametrize(("app", "attack"), [(app, name) for app, names in CARRIED.items() for name in names])
+def test_a_job_that_was_seen_and_changed_opens_nothing_of_its_run(app: str, attack: str, tmp_path: Path) -> None:
+    workspace = deployed(owned(tmp_path), app, tmp_path / "machine")
+    carried = Path(workspace.get_app_config_dir("0a")) / "sfl"
+    if attack == "launch.json":
+        (carried / "owner.json").unlink()
+        (carried / "order.json").rename(carried / attack)
+    elif attack == "owner.json":
+        proof = json.loads((carried / attack).read_text())
+        (carried / attack).write_text(json.dumps(proof | {"moment": proof["moment"] + 1}))
+    else:
+        (carried / attack).write_bytes((carried / attack).read_bytes() + b" ")
+    with pytest.raises(EngineError, match="must be signed with the key of"):
+        TAKE[app](Context(workspace, byoc=False))
+    assert not (tmp_path / "machine" / "sfl-runs").exists()
 
 
 def test_a_provisioned_process_takes_no_launch_by_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import pytest
 import scripts
 from scripts import LOOP, bits, evaluate, fit, run, site, write
 from sfl.client import wire
+from sfl.client.external import last_words
 from sfl.client.session import ScriptSite
 from sfl.core.task import Status
 from sfl.errors import CheckpointError, EngineError
@@ -262,6 +263,21 @@ def test_messages_arrive_bit_for_bit_and_broken_ones_are_refused(monkeypatch: py
     monkeypatch.setenv(wire.VARIABLE, "{}")
     with pytest.raises(EngineError, match="must be what a site wrote"):
         wire.Address.from_environment()
+
+
+def test_of_several_processes_the_one_whose_error_came_first_is_heard() -> None:
+    said = [
+        "[rank0]:[W112 a warning",
+        "[rank1]: Traceback",
+        "[rank0]: Traceback",
+        "[rank1]: ValueError: none today",
+        "",
+    ]
+    assert last_words(["[rank0]: ", *said]) == ["", "Traceback"]
+    assert last_words([*said, "[rank0]: Error: closed by peer", "===="]) == ["Traceback", "ValueError: none today"]
+    assert last_words(["Traceback", "ValueError: none"]) == ["Traceback", "ValueError: none"]
+    assert last_words(f"{n}" for n in range(99)) == [f"{n}" for n in range(69, 99)]
+    assert last_words([]) == []
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """Torch, Lightning and Hugging Face scripts: the examples learn, in both modes to the same bits."""
 
+import ast
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ import scripts
 import sfl.client.huggingface as hf
 import sfl.client.lightning as lit
 from scripts import EXAMPLES, bits, run, write
+from sfl.core.task import Status
 from sfl.errors import ClientApiError
 from sfl.recipe import RunResult
 
@@ -40,7 +44,8 @@ def test_both_helpers_refuse_what_is_no_trainer_of_theirs() -> None:
     with pytest.raises(ClientApiError, match=r"must be given a transformers\.Trainer, got SimpleNamespace"):
         hf.patch(SimpleNamespace())
     many = SimpleNamespace(train=print, evaluate=print, add_callback=print, args=SimpleNamespace(world_size=2))
-    with pytest.raises(ClientApiError, match="must be called in a single process, got 2"):
+    many.is_fsdp_enabled = True
+    with pytest.raises(ClientApiError, match="must be given a model that every process holds whole, got a sharded one"):
         hf.patch(many)
 
 
@@ -151,3 +156,96 @@ def test_lightning_takes_the_other_package_too_and_names_what_does_not_fit(tmp_p
     wrong = scripts.fit(scripts.site(other, params_format="pytorch"), parameters={"v": torch.ones(1).numpy()})
     assert "Missing key(s) in state_dict" in wrong.reason
     assert "lightning" in sys.modules or "pytorch_lightning" in sys.modules
+
+
+TORCHRUN = "torchrun --standalone --nproc_per_node=2"
+SIZES = {
+    "vocab_size": 16,
+    "n_positions": 8,
+    "n_embd": 8,
+    "n_layer": 1,
+    "n_head": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+RANKS = """
+import os
+import sys
+from pathlib import Path
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+import sfl.client.huggingface as flare
+
+folder, fails = Path(sys.argv[1]), sys.argv[2:] == ["fails"]
+
+class Watch(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        said.append(("train", digest(model)))
+        if fails and args.process_index == 1:
+            raise ValueError("no data on rank 1")
+
+def digest(model):
+    return hash(b"".join(value.detach().numpy().tobytes() for value in model.state_dict().values()))
+
+said = []
+options = TrainingArguments(output_dir=str(folder / "made"), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+    ddp_backend="gloo", report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=0.01)
+rank = options.process_index
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
+torch.manual_seed(rank)
+model = GPT2LMHeadModel(GPT2Config(**SIZES))
+rows = [{"input_ids": torch.arange(n, n + 8) % 16, "labels": torch.arange(n, n + 8) % 16} for n in range(12)]
+trainer = Trainer(model=model, args=options, train_dataset=rows, eval_dataset=rows[:4], callbacks=[Watch()])
+flare.patch(trainer)
+while flare.is_running():
+    trainer.evaluate()
+    said.append((flare.is_train(), flare.is_evaluate(), digest(model)))
+    if flare.is_train():
+        trainer.train()
+        said.append((flare.is_train(), digest(model)))
+(folder / f"said-{rank}").write_text(repr(said))
+""".replace("**SIZES", ", ".join(f"{name}={value}" for name, value in SIZES.items()))
+
+
+@slow
+@quiet
+def test_hugging_face_on_several_ranks_trains_one_model_and_all_of_them_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)  # noqa: TID251 - inside fork_rng
+        model = GPT2LMHeadModel(GPT2Config(**SIZES))
+    options = {"launch_external_process": True, "command": TORCHRUN, "train_args": str(tmp_path)}
+    result = run(write(tmp_path, RANKS), model=model, sites=1, rounds=2, **options)
+    assert scripts.said(result) == []
+    assert all(np.isfinite(value).all() for value in result.parameters.values())
+    assert [entry.sites[0].num_examples for entry in result.rounds[1:]] == [3.0, 3.0]
+    assert result.rounds[-1].evaluation["loss"] < result.rounds[1].fit["loss"]
+    zero, one = ((tmp_path / f"said-{rank}").read_text() for rank in range(2))
+    assert zero == one
+    told = ast.literal_eval(zero)
+    assert [entry[:-1] for entry in told] == [
+        *[(True, False), ("train",), (False,)] * 2,
+        (False, False),  # evaluated, and answered
+    ]
+    states = [entry[-1] for entry in told]
+    assert states[0] == states[1] != states[2]
+    assert states[3] == states[4] != states[5]
+
+
+@slow
+def test_one_rank_that_fails_ends_them_all_and_the_site_says_so(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    start = {name: value.numpy() for name, value in GPT2LMHeadModel(GPT2Config(**SIZES)).state_dict().items()}
+    script = write(tmp_path, RANKS)
+    subject = scripts.site(script, external=True, command=TORCHRUN, args=(str(tmp_path), "fails"))
+    reply = scripts.fit(subject, parameters=start)
+    assert reply.status is Status.FAILED
+    assert reply.reason == (
+        "site-1: ScriptError: train.py must run without an error, got exit code 1: ValueError: no data on rank 1."
+    )
+    assert not any(psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text())) for rank in range(2))

@@ -147,10 +147,12 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     util.get_temp_dir()  # a pool's fork server lives as long as this process: not in this test's folder
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # short: sockets lie in it
     monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))  # else what is left would be the user's own
     yield
     left = [path.name for path in folder.iterdir()]
     shutil.rmtree(folder)
     assert left == []
+    assert not (tmp_path / "flower" / "apps").exists()
 
 
 JOBS: dict[str, Callable[[], Recipe]] = {

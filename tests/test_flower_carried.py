@@ -22,14 +22,14 @@ import pytest
 from scripts import recipe, write
 from sfl.core.events import Notice, StageStarted
 from sfl.core.task import FIT
-from sfl.engine.flower.app_folder import carry, write_app
+from sfl.engine.flower.app_folder import SIGNED, carry, write_app
 from sfl.engine.flower.carried import carried_by_server, carried_by_site, remembered_sites
 from sfl.engine.flower.following import Following, _extract
 from sfl.engine.flower.home import bring_home
-from sfl.engine.flower.owner import new_key, run_of, sign
 from sfl.engine.launch import Launch
 from sfl.engine.local import LocalEngine
-from sfl.env import FlowerEnv
+from sfl.engine.owner import new_key, run_of, sign
+from sfl.env import FlowerEnv, ProdEnv
 from sfl.env.carry import Cargo
 from sfl.env.remote import Plan
 from sfl.env.serve import serve
@@ -60,7 +60,7 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
 def app_of(launch: Launch, folder: Path, code: Mapping[str, Path] | None = None) -> str:
     app = write_app(folder / "app", None, "an app")
     carry(app, launch, code or {})
-    sign(app / "sfl_job" / "launch", KEY)
+    sign(app / "sfl_job" / "launch", KEY, SIGNED)
     return str(app / "sfl_job" / "server.py")
 
 
@@ -179,7 +179,7 @@ def kept(launch: Launch, folder: Path, key: bytes = KEY, flower: int = 7, **said
     """What the server takes of an app that says more than it should."""
     launch.add_settings(**said)
     app = app_of(launch, folder)
-    sign(Path(app).parent / "launch", key)
+    sign(Path(app).parent / "launch", key, SIGNED)
     return carried_by_server(app, flower)
 
 
@@ -194,17 +194,20 @@ def test_a_run_is_of_who_has_its_key(launch: Launch, tmp_path: Path) -> None:
         app = Path(app_of(launch, tmp_path / attack.name)).parent / "launch"
         name = "recipe.json" if attack == launch.recipe else attack.name
         (app / name).write_bytes((app / name).read_bytes() + b" ")
-        with pytest.raises(
-            EngineError, match=r"must be signed with the key of its run, got one that is not\. InvalidS"
-        ):
+        with pytest.raises(EngineError, match=r"must be signed with the key of its run, got one that is not\. Changed"):
             carried_by_server(str(app.parent / "server.py"), 8)
     (app / "owner.json").unlink()
     with pytest.raises(EngineError, match="must be signed with the key of its run"):
         carried_by_site(str(app.parent / "client.py"), 8, "a")
 
 
-def test_the_key_of_a_run_stays_in_its_folder_and_nobody_goes_on_without_it(tmp_path: Path) -> None:
-    out, env, job = tmp_path / "run", FlowerEnv(superlink="fl.example.org:9093"), remembers().build()
+@pytest.mark.parametrize("backend", ["flower-deploy", "nvflare-prod"])
+def test_the_key_of_a_run_stays_in_its_folder_and_nobody_goes_on_without_it(backend: str, tmp_path: Path) -> None:
+    out, job = tmp_path / "run", remembers().build()
+    kit = tmp_path / "kit" / "startup"
+    write(kit, "{}", "fed_admin.json")
+    prod = backend == "nvflare-prod"
+    env = ProdEnv(startup_kit=kit.parent) if prod else FlowerEnv(superlink="fl.example.org:9093")
     out.mkdir()
 
     def settings(name: str, *, resume: bool) -> str:
@@ -218,9 +221,10 @@ def test_the_key_of_a_run_stays_in_its_folder_and_nobody_goes_on_without_it(tmp_
     begun = settings("one", resume=False)
     assert (out / "owner.key").stat().st_mode & 0o777 == 0o600
     assert settings("two", resume=True) == begun
-    (out / "owner.key").unlink()
-    with pytest.raises(ConfigError, match=r"out must hold the key of its run, owner\.key, got none or another"):
-        settings("three", resume=True)
+    for wrong in (None, new_key(), b"torn"):
+        (out / "owner.key").unlink() if wrong is None else (out / "owner.key").write_bytes(wrong)
+        with pytest.raises(ConfigError, match=r"out must hold the key of its run, owner\.key, got none or another"):
+            settings(f"three-{wrong}", resume=True)
 
 
 def test_an_order_counts_once_and_a_later_one_goes_on(launch: Launch, tmp_path: Path) -> None:

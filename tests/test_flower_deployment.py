@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +105,33 @@ def pull_tasks(port: int) -> grpc.StatusCode:
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+STARTER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-m", "sfl.engine.flower.commands", sys.argv[1], "0.2"], stdin=subprocess.DEVNULL)
+sys.stdin.read()
+"""
+
+
+def test_what_others_ask_for_is_forked_until_who_started_the_forks_is_gone() -> None:
+    """As it is beside FLARE, which starts SuperLink and SuperNodes itself."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        name = Path(folder, "bin", "flower-superexec")
+        with subprocess.Popen([sys.executable, "-c", STARTER, folder], stdin=subprocess.PIPE) as starter:
+            deadline = time.monotonic() + 60
+            while not os.access(name, os.X_OK):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            (commands,) = psutil.Process(starter.pid).children()
+            shown = subprocess.run([name, "--version"], capture_output=True, text=True, check=True)
+            assert "Flower version" in shown.stdout
+            words = ["--insecure", "--appio-api-address", "127.0.0.1:1", "--plugin-type", "clientapp"]
+            with subprocess.Popen([name, *words], stderr=subprocess.PIPE, text=True) as asked:
+                assert asked.stderr is not None
+                assert "Starting Flower SuperExec" in asked.stderr.readline()
+                forked = commands.children()
+                assert {process.name() for process in forked} == {"flower-superexe"}
+                starter.kill()
+                asked.stderr.read()  # to its end: nobody holds it any more
+        assert psutil.wait_procs([commands, *forked], timeout=20)[1] == []

@@ -18,6 +18,7 @@ import pytest
 
 from sfl.cli import main
 from sfl.engine.guard import Guarded
+from sfl.engine.nvflare.admin import admin, wait_for
 from sfl.engine.nvflare.provision import service_command
 from sfl.engine.ports import free_ports
 from sfl.env import ProdEnv, SimEnv
@@ -113,13 +114,22 @@ def test_sites_that_die_or_never_answer_end_the_run_with_their_words(kits: Path)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_what_the_server_kept(kits: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:ssl_context is deprecated")  # by what FLARE connects with, in its own thread
+def test_a_run_goes_on_from_what_the_server_kept_and_a_clone_of_its_job_does_not(kits: Path, tmp_path: Path) -> None:
     env = ProdEnv(startup_kit=kits / "boss@example.org", sites=("site-1", "site-2"))
     job(rounds=1).execute(env, out=tmp_path / "run")
     rest = job(rounds=3).execute(env, out=tmp_path / "run", resume=True)
     whole = job(rounds=3).execute(SimEnv(device="cpu"))
     for name, value in whole.parameters.items():
         assert value.tobytes() == rest.parameters[name].tobytes(), name
+    kept = kits / "fl-server" / "sfl-runs" / json.loads((tmp_path / "run" / "remote.json").read_text())["run"]
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
+    with admin(kits / "boss@example.org") as session:
+        last = max(session.list_jobs(), key=lambda entry: entry["submit_time"])
+        copy = session.clone_job(last["job_id"])
+        assert wait_for(session, copy).status == "FINISHED:EXECUTION_EXCEPTION"
+    assert {path: path.stat().st_mtime_ns for path in kept.rglob("*")} == before
+    assert "must be new, got a copy of one that was given before" in (kits.parents[2] / "fl-server.log").read_text()
 
 
 @pytest.mark.slow

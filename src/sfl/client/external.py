@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +23,8 @@ from sfl.client.inprocess import unanswered
 from sfl.client.session import ScriptResult, ScriptSite, ScriptTask, logger
 from sfl.errors import ConfigError, ScriptError
 
-_TAIL = 30  # lines of stderr that an error shows
+_KEPT, _TAIL = 300, 30  # lines of stderr that are kept, for several processes and torchrun, and that an error shows
+_RANK = re.compile(r"\[rank\d+\]: ")  # what torch puts before each line of an error, in one of several processes
 _HOOKS = Path(__file__).parent / "hooks"
 
 
@@ -43,7 +46,7 @@ class ExternalScript:
         self._talk: socket.socket | None = None
         self._watches: list[socket.socket] = []
         self._readers: list[threading.Thread] = []
-        self._said: deque[str] = deque(maxlen=_TAIL)
+        self._said: deque[str] = deque(maxlen=_KEPT)
         self.has_ended = self._is_idle = False
         self._listener, self._address = wire.listen(site)
         try:
@@ -184,10 +187,10 @@ class ExternalScript:
     def _failure(self) -> ScriptError:
         code = self._process.returncode
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        lines = [line for line in self._said if line.strip()]
-        last = f": {lines[-1].strip()}" if lines else ""
+        lines = last_words(self._said)
+        last = next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
         error = ScriptError(f"{self._path.name} must run without an error, got {how}{last}.")
-        error.add_note("Its last lines:\n" + "\n".join(self._said))
+        error.add_note("Its last lines:\n" + "\n".join(lines))
         return error
 
     def _wait(self, deadline: float) -> None:
@@ -211,3 +214,10 @@ class ExternalScript:
             connection.close()
         for reader in self._readers:
             reader.join(2.0)  # until the last process that holds the other end has seen the watch end
+
+
+def last_words(said: Iterable[str]) -> list[str]:
+    """What a script said last; of several processes, what the one said whose error came first."""
+    lines = list(said)
+    first = next((found[0] for line in lines if (found := _RANK.match(line))), "")
+    return [line.removeprefix(first) for line in lines if line.startswith(first)][-_TAIL:]

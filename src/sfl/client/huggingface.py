@@ -8,6 +8,8 @@ Example of a script::
     while flare.is_running():
         trainer.evaluate()  # of the model that was received
         trainer.train()  # from it; sent when it ends
+
+Under ``torchrun`` every process runs this script. Rank 0 talks to the site, and the others are told what it is told.
 """
 
 from __future__ import annotations
@@ -21,18 +23,16 @@ from sfl.client.api import (
     get_job_id,
     get_site_name,
     init,
-    is_evaluate,
-    is_running,
-    is_train,
     log,
     receive,
     send,
     shutdown,
     system_info,
 )
-from sfl.client.session import STEPS
+from sfl.client.session import STEPS, Session
 from sfl.errors import ClientApiError
 from sfl.train.interop import load_state
+from sfl.train.ranks import Ranks
 from sfl.types import FLModel, ParamsType
 
 __all__ = [
@@ -55,12 +55,21 @@ __all__ = [
 ]
 
 
+_OVER, _TRAIN, _EVALUATE = range(3)
+_PREPARED = "_is_accelerate_prepared"
+_SHARDED = ("is_fsdp_enabled", "is_deepspeed_enabled")
+
+
 def patch(trainer: Any, load_state_dict_strict: bool = True) -> Any:
     """Let a ``transformers.Trainer`` receive before ``evaluate`` or ``train`` and send after ``train``.
 
     An evaluation before the training is one of the received model, and its figures are sent with the update; asked only
-    to evaluate, the evaluation alone answers, and ``train()`` evaluates. One process only: it refuses several ranks.
-    The figure ``eval_loss`` is also sent as ``loss``.
+    to evaluate, the evaluation alone answers, and ``train()`` evaluates. The figure ``eval_loss`` is also sent as
+    ``loss``.
+
+    Of several processes each calls it, and this module's functions, as often as the others: ``is_running``,
+    ``is_train`` and ``is_evaluate`` say the same on all. They hold the received state bit for bit, and rank 0 sends. If
+    one of them fails, ``torchrun`` ends all, and the site has failed the task.
 
     Args:
         trainer: The trainer. Optimizers and schedulers begin anew with each ``train()``, as Hugging Face makes them.
@@ -70,15 +79,54 @@ def patch(trainer: Any, load_state_dict_strict: bool = True) -> Any:
         The trainer.
 
     Raises:
-        ClientApiError: If it is no such trainer, or one of several processes.
+        ClientApiError: If it is no such trainer, or several processes hold a part of the model each.
     """
     if not all(callable(getattr(trainer, name, None)) for name in ("train", "evaluate", "add_callback")):
         raise ClientApiError(f"patch() must be given a transformers.Trainer, got {type(trainer).__name__}.")
     if trainer.args.world_size > 1:
-        raise ClientApiError(f"patch() must be called in a single process, got {trainer.args.world_size} of them.")
-    api.ready()
+        if any(getattr(trainer, name, False) for name in _SHARDED):
+            raise ClientApiError("patch() must be given a model that every process holds whole, got a sharded one.")
+        api.ready(trainer.args.process_index)
+        _together[:] = [_Together(Ranks(trainer.args.process_index))]
+    else:
+        api.ready()
+        _together.clear()
     _Rounds(trainer, strict=load_state_dict_strict)
     return trainer
+
+
+def is_running(ctx: Session | None = None) -> bool:
+    """Whether there is a task to work on, said on every rank. Between two tasks it waits for the next."""
+    return _together[0].next_task(ctx) != _OVER if _together else api.is_running(ctx)
+
+
+def is_train(ctx: Session | None = None) -> bool:
+    """Whether the current task is to train, said on every rank."""
+    return _together[0].task == _TRAIN if _together else api.is_train(ctx)
+
+
+def is_evaluate(ctx: Session | None = None) -> bool:
+    """Whether the current task is to evaluate the model that was received, said on every rank."""
+    return _together[0].task == _EVALUATE if _together else api.is_evaluate(ctx)
+
+
+class _Together:
+    """One of several processes. What it is told is a collective call: all make it, or none."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.task = ranks, _OVER
+
+    def next_task(self, ctx: Session | None = None) -> int:
+        """The current task, or the next if there is none."""
+        task = _OVER
+        if self.ranks.number == 0 and api.is_running(ctx):
+            task = _EVALUATE if api.is_evaluate(ctx) else _TRAIN
+        self.task = self.ranks.told(task)
+        return self.task
+
+
+_together: list[_Together] = []
+"""Of this process, if it is one of several: then it runs no other script."""
 
 
 class _Rounds:
@@ -100,30 +148,50 @@ class _Rounds:
         self._metrics = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
         if "eval_loss" in self._metrics:
             self._metrics["loss"] = self._metrics["eval_loss"]
-        if api.is_evaluate():
+        if is_evaluate():
             self._answer(FLModel(metrics=self._metrics))
         return figures
 
     def train(self, *args: Any, **options: Any) -> Any:
         """From the received model, whatever ran in between; then send."""
         self._load()
-        if api.is_evaluate():
+        if is_evaluate():
             return self.evaluate()
+        if _together:
+            _prepare_anew(self._trainer)
         self._is_training = True
         try:
             output = self._train(*args, **options)
         finally:
             self._is_training = False
+        if _together and self._trainer.model_wrapped is self._trainer.model:
+            raise ClientApiError("the ranks of a site must train one model, got one each: nothing wrapped it.")
         meta = {STEPS: self._trainer.state.global_step}
         self._answer(FLModel(params=self._trainer.model.state_dict(), metrics=self._metrics, meta=meta))
         return output
 
     def _load(self) -> None:
-        model = api.receive()
-        if model is None:
+        if not is_running():
             raise SystemExit(0)  # the job is over, and so is the script
-        load_state(self._trainer.model, model.params, strict=self._strict)
+        model = api.receive()
+        if model is not None:
+            load_state(self._trainer.model, model.params, strict=self._strict)
+        if _together:
+            _together[0].ranks.share_state(self._trainer.model)
 
     def _answer(self, model: FLModel) -> None:
         self._metrics = None
         api.send(model)
+        if _together:
+            _together[0].task = _OVER
+
+
+def _prepare_anew(trainer: Any) -> None:
+    """Undo what an evaluation did to a model that was never trained.
+
+    Accelerate takes a model that it has prepared to evaluate for one that is prepared to train, and does not wrap it:
+    every rank would train one of its own.
+    """
+    if trainer.model_wrapped is trainer.model and getattr(trainer.model, _PREPARED, False):
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        delattr(trainer.model, _PREPARED)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from sfl.engine.launch import Launch
 from sfl.env.carry import Cargo, carried_settings
 from sfl.env.checks import require
-from sfl.env.kept import kept_names, run_id
+from sfl.env.kept import kept_names, owned_run
 from sfl.env.remote import Plan, RemoteEnv
 from sfl.errors import ConfigError
 
@@ -72,11 +72,12 @@ class FlowerEnv(RemoteEnv):
         """What server and sites are told; to those of others, nothing of this machine."""
         if self.superlink is None:
             return super().settings(plan)
+        require("flwr")
         return {
             **carried_settings(plan.job, self.device),
             "names": sorted(self.sites) or kept_names(plan.out),
             "resume": plan.resume,
-            "run": _owned_run(plan),
+            "run": owned_run(plan, "flower-deploy"),
         }
 
     def write(self, plan: Plan, logs: Path) -> None:
@@ -96,26 +97,6 @@ class FlowerEnv(RemoteEnv):
         """Copy what came home into ``out``."""
         if (launch.folder / "home" / "run").is_dir():
             shutil.copytree(launch.folder / "home" / "run", out, dirs_exist_ok=True)
-
-
-def _owned_run(plan: Plan) -> str:
-    """The id of a run, after handing its owner's key, a new one or that of the run in ``out``, to the launch.
-
-    Raises:
-        ConfigError: If the run in ``out`` is to go on and its key is not there.
-    """
-    require("flwr")
-    from sfl.engine.flower.keys import write_secret
-    from sfl.engine.flower.owner import KEY, new_key, run_of
-
-    kept = plan.out / KEY if plan.out is not None else None
-    key = kept.read_bytes() if plan.resume and kept is not None and kept.is_file() else new_key()
-    run = run_id(plan.out, "flower-deploy", resume=plan.resume, new=run_of(key))
-    if run != run_of(key):
-        raise ConfigError(f"out must hold the key of its run, {KEY}, got none or another in {plan.out}. Put it back.")
-    for folder in (plan.launch.folder, *([plan.out] if plan.out is not None else [])):
-        write_secret(folder / KEY, key)
-    return run
 
 
 def _command(module: str, launch: Launch, *packages: str) -> list[str]:

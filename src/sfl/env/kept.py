@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sfl.env.checks import REMOTE
+from sfl.env.remote import Plan
 from sfl.errors import ConfigError
-from sfl.io.tree import write_text
+from sfl.io.tree import write_secret, write_text
 
-__all__ = ["add_note", "kept_names", "read_note", "run_id"]
+__all__ = ["add_note", "kept_names", "owned_run", "read_note"]
 
 
 def read_note(out: Path) -> Mapping[str, Any]:
@@ -31,24 +31,32 @@ def kept_names(out: Path | None) -> list[str]:
     return list(read_note(out or Path()).get("names", ()))
 
 
-def run_id(out: Path | None, backend: str, *, resume: bool, new: str = "") -> str:
-    """The id under which server and sites keep this run: a new one, or that of the run in ``out``.
+def owned_run(plan: Plan, backend: str) -> str:
+    """The id under which server and sites keep a run, after handing its owner's key to the launch and to ``out``.
+
+    A new run has a new key; one that goes on has that of the run in ``out``.
 
     Args:
-        out: The run's folder, if it has one.
+        plan: The run.
         backend: Who keeps it.
-        resume: Whether the run in ``out`` goes on.
-        new: The id of a new run; by default a random one.
 
     Raises:
-        ConfigError: If ``out`` is to go on and is no run of this backend.
+        ConfigError: If ``out`` is to go on and is no run of this backend, or its key is not there.
     """
-    if resume:
-        known = read_note(out or Path())
+    from sfl.engine.owner import KEY, new_key, run_of
+
+    out = plan.out or Path()
+    key = new_key()
+    if plan.resume:
+        known = read_note(out)
         if known.get("backend") != backend:
-            raise ConfigError(f"out must be the folder of a run that {backend} keeps, got {str(out)!r}.")
-        return str(known["run"])
-    run = new or uuid.uuid4().hex
-    if out is not None:
-        write_text(out / REMOTE, json.dumps({"run": run, "backend": backend}) + "\n")
-    return run
+            raise ConfigError(f"out must be the folder of a run that {backend} keeps, got {str(plan.out)!r}.")
+        kept = (out / KEY).read_bytes() if (out / KEY).is_file() else b""
+        key = kept if len(kept) == len(key) else key
+        if run_of(key) != known["run"]:
+            raise ConfigError(f"out must hold the key of its run, {KEY}, got none or another in {out}. Put it back.")
+    elif plan.out is not None:
+        write_secret(out / KEY, key)
+        write_text(out / REMOTE, json.dumps({"run": run_of(key), "backend": backend}) + "\n")
+    write_secret(plan.launch.folder / KEY, key)
+    return run_of(key)

@@ -26,9 +26,14 @@ class FlareSimEnv(RemoteEnv):
 
 @dataclass(frozen=True, kw_only=True)
 class FlowerInFlareEnv(RemoteEnv):
-    """The job's Flower app under FLARE's Flower integration, in FLARE's simulator: Flower's messages, FLARE's wires."""
+    """The job's Flower app under FLARE's Flower integration, in FLARE's simulator: Flower's messages, FLARE's wires.
+
+    FLARE looks every ten seconds whether Flower has ended, and brings nothing home then: it is not waited for.
+    """
 
     title: ClassVar[str] = "Flower inside NVIDIA FLARE's simulator"
+
+    shutdown: float = 1.0
 
     def command(self, launch: Launch) -> list[str]:
         """One process that holds FLARE's server, which starts Flower's."""

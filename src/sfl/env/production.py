@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from sfl.engine.launch import Launch
 from sfl.env.carry import Cargo, carried_settings
 from sfl.env.checks import require
-from sfl.env.kept import add_note, kept_names, read_note, run_id
+from sfl.env.kept import add_note, kept_names, owned_run, read_note
 from sfl.env.nvflare import flare_command
 from sfl.env.remote import Plan, RemoteEnv, reason_of
 from sfl.errors import ConfigError, EngineError
@@ -30,7 +30,8 @@ class ProdEnv(RemoteEnv):
 
     The job carries what it needs; of the user's own code, the modules that it names, or its training script with what
     that imports from beside it. What the server makes stays on the server under the run's id until the job has ended,
-    and is brought into ``out`` then; a run that was cut off goes on from there.
+    and is brought into ``out`` then; a run that was cut off goes on from there, for who has its key, which
+    lies in ``out``.
 
     Attributes:
         startup_kit: Folder of the admin's kit.
@@ -49,8 +50,8 @@ class ProdEnv(RemoteEnv):
     def settings(self, plan: Plan) -> dict[str, Any]:
         """What server and sites are told: nothing of this machine but the run's id."""
         check_kit(self.startup_kit)
-        names = sorted(self.sites) or kept_names(plan.out)
-        run = run_id(plan.out, _BACKEND, resume=plan.resume)
+        require("nvflare")
+        names, run = sorted(self.sites) or kept_names(plan.out), owned_run(plan, _BACKEND)
         return {**carried_settings(plan.job, self.device), "names": names, "resume": plan.resume, "run": run}
 
     def write(self, plan: Plan, logs: Path) -> None:
@@ -79,7 +80,7 @@ class ProdEnv(RemoteEnv):
             FLARE's name of the job.
 
         Raises:
-            ConfigError: If ``out`` is to go on and is no run of such a federation.
+            ConfigError: If ``out`` is to go on and is no run of such a federation, or its key is not there.
             EngineError: If the federation does not answer, does not fit the job, or refuses it, or if the run that is
                 to go on is under way.
         """

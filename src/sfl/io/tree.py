@@ -135,6 +135,20 @@ def write_text(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that this user alone may read.
+
+    Raises:
+        CheckpointError: If the disk refuses.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        path.write_bytes(content)
+        sync(path)
+
+
 def _digest(skeleton: str, tensors: dict[str, Array]) -> str:
     digest = hashlib.sha256(skeleton.encode())
     for name in sorted(tensors):

@@ -11,6 +11,9 @@ from pathlib import Path
 from sfl.engine.launch import Launch
 from sfl.errors import ConfigError
 
+SIGNED = ("launch.json", "program.json", "recipe.json")
+"""What an app carries of a launch, all of it under its owner's signature."""
+
 _MOST = 10 << 20  # bytes that Flower takes as an app
 _TAKEN = {"sfl_job", "build", "eggs", "lib", "lib64", "parts", "env", "venv", "ENV"}  # at an app's root
 _PROJECT = """[build-system]

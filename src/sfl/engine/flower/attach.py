@@ -19,11 +19,11 @@ from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
-from sfl.engine.flower.app_folder import carried_in, carry, write_app
+from sfl.engine.flower.app_folder import SIGNED, carried_in, carry, write_app
 from sfl.engine.flower.deploy import write_connection
 from sfl.engine.flower.following import Following
-from sfl.engine.flower.owner import KEY, sign
 from sfl.engine.launch import Launch
+from sfl.engine.owner import KEY, sign
 from sfl.errors import EngineError
 from sfl.privacy.sealed import Reader
 
@@ -80,7 +80,7 @@ def run(launch: Launch, address: str, roots: Path | None) -> int:
     what = f"Flower, {settings['num_clients']} nodes of the SuperLink {address}"
     app = write_app(launch.folder / "flower-app", None, what)
     carry(app, launch, code)
-    sign(carried_in(app / "sfl_job"), (launch.folder / KEY).read_bytes())
+    sign(carried_in(app / "sfl_job"), (launch.folder / KEY).read_bytes(), SIGNED)
     number = submit(app)
     sys.stdout.write(f"run {number} on {address}\n")
 

@@ -1,8 +1,8 @@
 """A launch that a Flower app carries: unpacked where SuperLink or SuperNode run, with folders that outlive the run.
 
 Everything lies in ``FLWR_HOME`` of the machine, under ``sfl-runs/<run id>``: what the server has done, what sites
-remember, logs. Who has the run's key can submit it again, and it goes on from there; see `owner`. Of what the app says,
-only what is known is taken, and nothing that leads to a place on this machine.
+remember, logs. Who has the run's key can submit it again, and it goes on from there; see `engine.owner`. Of what the
+app says, only what is known is taken, and nothing that leads to a place on this machine.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfl.engine.flower.app_folder import carried_in
-from sfl.engine.flower.owner import Order, read_order
+from sfl.engine.flower.app_folder import SIGNED, carried_in
 from sfl.engine.launch import Launch
+from sfl.engine.owner import Order, read_order
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
 
@@ -93,7 +93,7 @@ def remembered_sites(launch: Launch, sites: list[str]) -> None:
 
 def _home(module: str) -> tuple[Path, Order]:
     """Where the run of an app is kept, and the order that the app brings."""
-    order = read_order(carried_in(Path(module).parent))
+    order = read_order(carried_in(Path(module).parent), SIGNED)
     home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr")).absolute() / _HOME / order.run
     home.parent.mkdir(parents=True, exist_ok=True)
     home.mkdir(mode=0o700, exist_ok=True)
@@ -105,7 +105,7 @@ def _unpacked(module: str, home: Path, order: Order, place: Place) -> Launch:
     (home / "logs").mkdir(exist_ok=True)
     if launch.folder.exists():
         return launch
-    order.take(home / f"order-{place.name}.json", place.run)
+    order.take(home / f"order-{place.name}.json", str(place.run))
     partial = Launch(Path(tempfile.mkdtemp(dir=home)))  # for this user alone: a door's secret will lie in it
     given = packed.read_settings()
     taken = {name: given[name] for name in _TAKEN if name in given}

@@ -2,7 +2,9 @@
 
 A command of Flower's takes more than a second of a core to import itself, and a deployment starts one for every
 message. So the process of a deployment imports what they need, and forks for each. SuperExec starts apps by name from
-``PATH``: there it finds a few lines that knock here, and the app is a fork, too.
+``PATH``: there it finds a few lines that knock here, and the app is a fork, too. Where others start SuperLink and
+SuperNodes, as FLARE does, a process beside them forks what those look for: ``python -m sfl.engine.flower.commands
+FOLDER PAUSE``, until whoever started it is gone.
 
 Flower's SuperNode and SuperExec sleep for one to three seconds between two looks for work, and whoever misses a part of
 a message waits for one; no switch of theirs changes that. In a fork they wait shorter; all else runs as it is.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -22,42 +24,41 @@ from importlib import import_module
 from importlib.metadata import distribution
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from flwr.supercore.inflatable import inflatable_utils
 
+from sfl.engine.flower.knock import door_in, names_in, write_names
 from sfl.engine.flower.waits import shorten
 from sfl.errors import EngineError
 
 COMMANDS = ("flower-superlink", "flower-supernode", "flower-superexec", "flwr", "flwr-serverapp", "flwr-clientapp")
 _APPS = ("flwr-serverapp", "flwr-clientapp")
+_FOUND = ("flower-superexec", *_APPS)  # by SuperLink and SuperNode on their PATH
 _MOST = 1 << 16
-_KNOCK = """import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as door:
-    door.connect({door!r})
-    socket.send_fds(door, [json.dumps(sys.argv[1:]).encode()], [1, 2])
-    door.shutdown(socket.SHUT_WR)
-    door.recv(1)
-"""
+_LOOK = 0.5  # seconds between two looks at whether whoever started this process is there
 
 
 class Commands:
     """Forks of this process that run Flower's commands. This process itself never speaks gRPC, which no fork survives.
 
     Args:
-        folder: For the door that SuperExec's apps knock at, and the names that it finds on ``PATH``.
+        folder: For the door that is knocked at, and the names that are found on ``PATH``.
         pause: Longest sleep of SuperNode and SuperExec between two looks for work, in seconds.
+        asked: The commands that others may ask for.
     """
 
-    def __init__(self, folder: Path, pause: float) -> None:
-        self._pause = pause
+    def __init__(self, folder: Path, pause: float, asked: Sequence[str] = _APPS) -> None:
+        self._pause, self._asked = pause, asked
         self._entries = _entries()
         import_module("sfl.engine.flower.apps")
         self._fork = multiprocessing.get_context("fork")
         self._door = socket.socket(socket.AF_UNIX)
-        self._door.bind(str(folder / "door"))
+        self._door.bind(str(door_in(folder)))
         self._door.listen(1024)
-        os.environ["PATH"] = os.pathsep.join([str(_write_names(folder)), os.environ.get("PATH", os.defpath)])
+        write_names(folder, asked)
+        os.environ["PATH"] = os.pathsep.join([str(names_in(folder)), os.environ.get("PATH", os.defpath)])
 
     def start(self, name: str, arguments: Sequence[str], log: Path, prepare: Callable[[], None] | None = None) -> Any:
         """Start a command.
@@ -88,7 +89,7 @@ class Commands:
             return said
 
     def serve(self, seconds: float) -> None:
-        """Start the apps that SuperExec asks for, until none has asked for so long."""
+        """Start what others ask for, until none has asked for so long."""
         multiprocessing.active_children()  # waits for those that have ended
         self._door.settimeout(seconds)
         try:
@@ -110,8 +111,8 @@ class Commands:
             while part := guest.recv(_MOST):
                 text += part
             command = [str(word) for word in json.loads(text)]
-            if command[0] not in _APPS or len(files) != 2:
-                raise EngineError(f"SuperExec must ask for one of {', '.join(_APPS)}, got {command[0]!r}.")
+            if command[0] not in self._asked or len(files) != 2:
+                raise EngineError(f"a command must be one of {', '.join(self._asked)}, got {command[0]!r}.")
             self._forked(command, files[0], files[1], None)
         finally:
             for file in files:
@@ -128,6 +129,7 @@ class Commands:
 
     def _run(self, command: Sequence[str], output: int, errors: int, prepare: Callable[[], None] | None) -> None:
         """In the fork: become the command."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(output, 1)
         os.dup2(errors, 2)
         self._door.close()
@@ -146,19 +148,6 @@ def _entries() -> dict[str, Callable[[], object]]:
     if missing:
         raise EngineError(f"Flower must have the commands {', '.join(COMMANDS)}, got none named {', '.join(missing)}.")
     return {name: declared[name].load() for name in COMMANDS}
-
-
-def _write_names(folder: Path) -> Path:
-    """A folder with the names that SuperExec starts apps by."""
-    names = folder / "bin"
-    names.mkdir(parents=True)
-    knock = names / "knock.py"
-    knock.write_text(_KNOCK.format(door=str(folder / "door")), encoding="utf-8")
-    for name in _APPS:
-        words = [sys.executable, "-I", "-S", str(knock), name]
-        (names / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
-        (names / name).chmod(0o700)
-    return names
 
 
 def _name(name: str) -> None:
@@ -180,3 +169,23 @@ def _look_again_after(pause: float) -> None:
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode(errors="replace")
+
+
+def serve(folder: Path, pause: float) -> None:
+    """Fork commands for the processes of whoever started this one, until it is gone, or asks for the end."""
+    parent = os.getppid()
+    signal.signal(signal.SIGTERM, _end)
+    commands = Commands(folder, pause, _FOUND)
+    try:
+        while os.getppid() == parent:
+            commands.serve(_LOOK)
+    finally:
+        commands.end()
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), float(sys.argv[2]))

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from sfl.engine.flower.app_folder import write_app
-from sfl.engine.flower.keys import make_node_keys, make_server_keys, write_secret
+from sfl.engine.flower.keys import make_node_keys, make_server_keys
 from sfl.engine.launch import Launch
 from sfl.engine.ports import free_ports
 from sfl.errors import EngineError
+from sfl.io.tree import write_secret
 
 _START = 60.0  # seconds that the SuperLink gets to answer
 _LOOK = 0.05

@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from sfl.io.tree import write_secret
+
 _VALID = timedelta(days=7)
 
 
@@ -52,12 +54,6 @@ def make_node_keys(folder: Path, site: str) -> tuple[Path, Path]:
     write_secret(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return private, public
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that this user alone may read."""
-    path.touch(mode=0o600)
-    path.write_bytes(content)
 
 
 def _certificate(

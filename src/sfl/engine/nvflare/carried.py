@@ -1,16 +1,19 @@
 """A launch that a FLARE job carries: unpacked where FLARE deployed it, with folders that outlive the job.
 
-FLARE does not go on with a job whose server has died. Ours does, as another job with the same run id: what the server
-has done and what sites remember lies in their workspaces under ``sfl-runs/<run id>``, not in the job's own folder.
+FLARE does not go on with a job whose server has died. Ours does, as another job of the same run: what the server has
+done and what sites remember lies in their workspaces under ``sfl-runs/<run id>``, not in the job's own folder. Who has
+the run's key can submit such a job, see `engine.owner`; a job that is not signed is a run of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.app_validation import AppValidationKey
 from nvflare.apis.fl_constant import FLContextKey
@@ -19,12 +22,14 @@ from nvflare.apis.workspace import Workspace
 
 from sfl.engine.guard import MARK
 from sfl.engine.launch import Launch
-from sfl.engine.nvflare.job import CARRIED
+from sfl.engine.nvflare.job import CARRIED, ORDER
+from sfl.engine.owner import PROOF, Order, read_order
 from sfl.errors import EngineError
+from sfl.io.tree import write_text
 
-_RUN = re.compile(r"[0-9a-f]{32}")
 _HOME = "sfl-runs"
 RESULT = "run"
+_TAKEN = ("names", "resume", "workers", "gpus", "devices", "num_clients", "threads", "job")
 _OURS = (
     "sfl.client.ditto:",
     "sfl.client.inference:",
@@ -59,14 +64,14 @@ def given_launch(folder: str) -> Launch:
 
 def carried_by_server(context: FLContext) -> Launch:
     """The launch of the server's app; its run folder lies in the server's workspace."""
-    launch, home = _unpacked(context)
+    launch, home = _unpacked(context, ("program.json", "recipe.safetensors"))
     launch.add_settings(out=str(home / RESULT), logs=str(home / "logs"))
     return launch
 
 
 def carried_by_site(context: FLContext) -> Launch:
     """The launch of a site's app; what the site remembers lies in its own workspace."""
-    launch, home = _unpacked(context)
+    launch, home = _unpacked(context, ("program.json",))
     launch.add_settings(sites=str(home / "sites"), logs=str(home / "logs"))
     return launch
 
@@ -78,22 +83,37 @@ def bring_home(launch: Launch) -> None:
         shutil.copytree(made, launch.folder / RESULT, dirs_exist_ok=True)
 
 
-def _unpacked(context: FLContext) -> tuple[Launch, Path]:
+def _unpacked(context: FLContext, files: Sequence[str]) -> tuple[Launch, Path]:
     workspace, job = context.get_prop(FLContextKey.WORKSPACE_OBJECT), str(context.get_job_id())
     if not isinstance(workspace, Workspace):
         raise EngineError("a FLARE job must have a workspace, got none.")
     launch = Launch(Path(workspace.get_app_config_dir(job)).absolute() / CARRIED)
-    run = str(launch.read_settings()["run"]) or hashlib.md5(job.encode(), usedforsecurity=False).hexdigest()
-    if not _RUN.fullmatch(run):
-        raise EngineError(f"a run id must be 32 hexadecimal digits, got {run!r}.")
-    home = Path(workspace.get_root_dir()).absolute() / _HOME / run
+    given, order = _given(launch, files)
+    kept = order.run if order is not None else hashlib.md5(job.encode(), usedforsecurity=False).hexdigest()
+    home = Path(workspace.get_root_dir()).absolute() / _HOME / kept
     (home / "logs").mkdir(parents=True, exist_ok=True)
+    if order is not None:
+        order.take(home / ORDER, job)
+    taken = {name: given[name] for name in _TAKEN if name in given}
+    rest = {"out": "", "sites": "", "run": order.run if order is not None else ""}
+    write_text(launch.settings, json.dumps({**taken, **rest}, indent=1) + "\n")
     code = Path(workspace.get_app_custom_dir(job)).absolute()
     if _may_bring_code(context) and code.is_dir():
         launch.add_settings(allow=[""], code=str(code))
     else:
         launch.add_settings(allow=list(_OURS), code="")
     return launch, home
+
+
+def _given(launch: Launch, files: Sequence[str]) -> tuple[Mapping[str, Any], Order | None]:
+    """What a job says, and the order that it is, if it is signed: then what was signed is never written over."""
+    if (launch.folder / PROOF).exists():
+        order = read_order(launch.folder, (ORDER, *files))
+        return json.loads((launch.folder / ORDER).read_text(encoding="utf-8")), order
+    given = launch.read_settings()
+    if given.get("run"):
+        raise EngineError("a job that names a run must be signed with the key of that run, got no signature.")
+    return given, None
 
 
 def _may_bring_code(context: FLContext) -> bool:

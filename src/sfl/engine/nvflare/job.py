@@ -10,10 +10,13 @@ from typing import Any
 
 from sfl.engine.launch import Launch
 from sfl.engine.nvflare.messages import OTHER, TASKS
+from sfl.engine.owner import KEY, PROOF, sign
 
 _POLL = 0.1  # seconds between two fetches of a task; FLARE's own is 2
 CARRIED = "sfl"
 """Where a job that carries its launch holds it, inside its configuration."""
+ORDER = "order.json"
+"""The settings of a launch whose run has an owner, as they were signed; those of others lie where they are read."""
 
 
 def write_job(folder: Path, name: str, launch: Path, sites: Sequence[str], what: str) -> Path:
@@ -41,7 +44,8 @@ def write_carrying_job(folder: Path, name: str, launch: Launch, sites: Sequence[
     """Write a job that carries its launch, for machines that share no disk. Sites do not get the server's recipe.
 
     The files that the launch's settings name as ``code`` travel as FLARE's custom code, which makes the job one that
-    needs the right to bring code. What the settings say of this machine stays here.
+    needs the right to bring code. What the settings say of this machine stays here. With the key of its run, which lies
+    in the launch and stays there, the job is signed; without one it names no run.
 
     Args:
         folder: Where the job's folder is made.
@@ -60,13 +64,18 @@ def write_carrying_job(folder: Path, name: str, launch: Launch, sites: Sequence[
     what = f"NVIDIA FLARE, {len(sites)} provisioned sites, mutual TLS"
     _write(job / "server_app" / "config" / "config_fed_server.json", _server_config("", what))
     _write(job / "site_app" / "config" / "config_fed_client.json", _client_config(""))
-    for app, files in (("server_app", (launch.program, launch.recipe)), ("site_app", (launch.program,))):
-        carried = job / app / "config" / CARRIED
-        _write(carried / launch.settings.name, {**settings, "logs": ""})
+    is_owned = (launch.folder / KEY).is_file()
+    said = ORDER if is_owned else launch.settings.name
+    server, site = (job / app / "config" / CARRIED for app in ("server_app", "site_app"))
+    for carried, files in ((server, (launch.program, launch.recipe)), (site, (launch.program,))):
+        _write(carried / said, {**settings, "logs": ""})
         for file in files:
             shutil.copy(file, carried)
         for place, source in code.items():
-            _copy(source, job / app / "custom" / place)
+            _copy(source, carried.parents[1] / "custom" / place)
+    if is_owned:
+        sign(server, (launch.folder / KEY).read_bytes(), (ORDER, launch.program.name, launch.recipe.name))
+        shutil.copy(server / PROOF, site)
     return job
 
 
