@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,8 +21,14 @@ from sfl.engine.owner import new_key, run_of
 from sfl.env.carry import Cargo, carried_settings
 from sfl.env.production import export_job
 from sfl.errors import ConfigError, EngineError
+from sfl.esm2.config import ESM2RunConfig
+from sfl.esm2.model import BUNDLED, find_model
+from sfl.esm2.server import esm2_recipe
+from sfl.io.tree import load_tree
 from sfl.recipe import FedAvgRecipe, Recipe
 from sfl.server.app import sum_recipe
+from sfl.server.config import AlgorithmConfig, AlgorithmName
+from sfl.types import FederationConfig
 from sfl.utils.plain import restore
 from test_engines import remembers
 
@@ -131,8 +137,6 @@ def test_on_a_site_a_script_is_named_only_by_code_that_flare_let_in(tmp_path: Pa
 
 
 def test_on_the_server_a_job_without_code_may_not_name_a_model_to_make(tmp_path: Path) -> None:
-    from sfl.io.tree import load_tree
-
     job = exported(recipe(write(tmp_path, LOOP)), tmp_path / "job")
     launch = carried_by_server(Context(deployed(job, "server_app", tmp_path / "server"), byoc=False))
     with pytest.raises(ConfigError, match=r"got 'sfl\.train\.model_source:ModelSource'"):
@@ -167,6 +171,20 @@ def owned(folder: Path, key: bytes = KEY, **said: Any) -> Path:
 
 
 TAKE = {"server_app": carried_by_server, "site_app": carried_by_site}
+
+
+@pytest.mark.parametrize("algorithm", get_args(AlgorithmName))
+def test_what_sfl_brings_itself_needs_no_code_to_be_named(algorithm: AlgorithmName, tmp_path: Path) -> None:
+    config = ESM2RunConfig(
+        algorithm=AlgorithmConfig(algorithm=algorithm), federation=FederationConfig(num_clients=2, num_rounds=1)
+    )
+    subject = esm2_recipe(config, find_model(BUNDLED))
+    job = export_job(subject, tmp_path / "job", ("site-1", "site-2"), custom_code=False)
+    launches = {app: take(Context(deployed(job, app, tmp_path / app), byoc=False)) for app, take in TAKE.items()}
+    for launch in launches.values():
+        launch.read_program()
+    server = launches["server_app"]
+    assert restore(load_tree(server.recipe), allow=server.allowed()).name == subject.name
 
 
 @pytest.mark.parametrize("app", TAKE)

@@ -39,6 +39,7 @@ _OURS = (
     "sfl.client.sum_client:",
     "sfl.client.swarm:",
     "sfl.core.",
+    "sfl.engine.clock:",
     "sfl.esm2.",
     "sfl.privacy.",
     "sfl.recipe.",
