@@ -108,6 +108,14 @@ def many_dtypes() -> Parameters:
     }
 
 
+class SlowFirst(Base):
+    """The first site takes its time."""
+
+    def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
+        time.sleep(1.0 if self.client_id == 0 else 0.0)
+        return super().compute_update(parameters, config)
+
+
 class Faulty(Base):
     """``client_id`` 1 does what ``mode`` says in round ``round``; the others add one."""
 

@@ -490,6 +490,16 @@ def test_weights_that_are_none_are_refused(given: str) -> None:
         FederationConfig(site_weights="site-1=1")
 
 
+def test_a_weight_of_no_site_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"must name sites of the federation, got 'site-7'\. "):
+        run(sampling="weighted", site_weights="site-1=1,site-7=2")
+
+
+def test_a_function_that_makes_clients_which_heed_nothing_is_refused_before_they_train() -> None:
+    with pytest.raises(RoundError, match="must heed proximal"):
+        run(DittoRecipe, client=lambda **options: Deaf(**options))
+
+
 def test_a_schedule_reaches_the_sites() -> None:
     got = run(rounds=3, sites=1, schedule=Schedule(kind="step", rounds=3, gamma=0.5, every=1)).parameters["w"]
     w = np.ones(3)

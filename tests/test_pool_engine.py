@@ -344,3 +344,12 @@ def test_what_a_reply_lends_stays_until_the_next_is_drawn() -> None:
             assert (delta == delta[0]).all()
             seen.append(float(delta[0]))
         np.testing.assert_allclose(seen, [0.1, 0.2, 0.3, 0.4])
+
+
+def test_a_round_that_waits_for_so_many_does_not_wait_for_the_first_in_line() -> None:
+    names = ["site-1", "site-2", "site-3"]
+    program = SiteProgram(client=clients.SlowFirst)
+    with PoolEngine(program, names, devices=["cpu", "cpu"]) as engine:
+        statuses = [reply.status for reply in engine.exchange(Task(FIT, 1, W), names, enough=1)]
+    assert statuses[0] is Status.LATE
+    assert Status.USED in statuses

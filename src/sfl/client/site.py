@@ -213,8 +213,9 @@ class Site:
         spent = self._spending.charge(client, _config(task)) if self._spending is not None else {}
         rule, config = self._program.rule, _config(task)
         model = rule.model(task.parameters)
-        client.terms = rule.before(client, task.parameters, config, LocalTerms.of(config, model))
-        _require_heeded(client)
+        terms = LocalTerms.of(config, model)
+        _require_heeded(client, terms.needs | rule.asks)
+        client.terms = rule.before(client, task.parameters, config, terms)
         returned = cast("object", client.compute_update(dict(model), config))
         if not (isinstance(returned, tuple) and len(returned) == 3):
             raise UpdateError(
@@ -268,13 +269,13 @@ class Site:
             self._store.save(round, {"client": client.state, "chain": self._chain_state}, self._life)
 
 
-def _require_heeded(client: BaseFederatedClient) -> None:
+def _require_heeded(client: BaseFederatedClient, asked: frozenset[str]) -> None:
     """What the algorithm adds to a site's training must have its effect there.
 
     Raises:
         ConfigError: If the client does not heed it.
     """
-    missing = sorted(client.terms.needs - client.honours)
+    missing = sorted(asked - client.honours)
     if missing:
         raise ConfigError(
             f"a client of this algorithm must heed {', '.join(missing)} of self.terms, got "

@@ -13,6 +13,8 @@ from sfl.core import arrays
 from sfl.core.task import END, Reply, Status, Task
 from sfl.types import StateTree
 
+_LONG = 1e7  # seconds that nobody waits for
+
 
 class Engine(ABC):
     """Carries tasks and replies. It can carry synchronous rounds, relays, several-step protocols and asynchrony.
@@ -78,7 +80,8 @@ class Engine(ABC):
             open_sites = dict.fromkeys(cohort)
             waiting: dict[str, Reply] = {}
             used = 0
-            for reply in self.replies(timeout, ticket=ticket):
+            # without a limit, replies may come in the order of the cohort: then nobody could be late
+            for reply in self.replies(_LONG if enough and timeout is None else timeout, ticket=ticket):
                 if reply.site not in open_sites or reply.site in waiting:
                     continue
                 in_turn = reply.site == next(iter(open_sites))

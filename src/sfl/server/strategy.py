@@ -13,7 +13,7 @@ from sfl.core import rng
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.task import FIT, Task, Update
 from sfl.core.terms import LEARNING_RATE, LEARNING_RATE_FACTOR, PROXIMAL, PROXIMAL_MU
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, nearest
 from sfl.server.schedule import Schedule
 from sfl.types import Array, Config, Parameters, Scalar
 
@@ -109,8 +109,13 @@ class FedAvg(Algorithm):
         charged to one turn would no longer be all that its sites have spent.
 
         Raises:
-            ConfigError: If the run began with others.
+            ConfigError: If the run began with others, or a weight is that of no site.
         """
+        strange = [site for site in self.weights if site not in clients]
+        if strange:
+            raise ConfigError(
+                f"site_weights must name sites of the federation, got {strange[0]!r}. {nearest(strange[0], clients)}"
+            )
         if self.turns == 1:
             return state
         kept: dict[str, Any] = state.algorithm or {}
