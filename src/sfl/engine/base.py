@@ -13,7 +13,7 @@ from sfl.core import arrays
 from sfl.core.task import END, Reply, Status, Task
 from sfl.types import StateTree
 
-_LONG = 1e7  # seconds that nobody waits for
+_LONG = 1e6  # seconds; what a clock of 32 bits of milliseconds can wait for
 
 
 class Engine(ABC):
