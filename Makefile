@@ -72,7 +72,7 @@ $(FLOWER_STAMP): pyproject.toml constraints.txt Makefile
 	$(FLOWER_VENV)/bin/python -m pip check
 	@touch $@
 
-bench: setup ## Run every benchmark
+bench: setup ## Run the benchmarks of speed and memory (those of accuracy and privacy are run by name)
 	@for script in benchmarks/bench_*.py benchmarks/engines.py; do \
 		[ -e "$$script" ] || continue; \
 		echo "== $$script"; \
