@@ -308,7 +308,7 @@ def test_what_selections_cost() -> None:
         ({"svt_privacy": True, "percentile_privacy": 10.0}, "Leave one out"),
         ({"svt_privacy": True, "compress": 0.1, "compress_error_feedback": True}, "paid for again"),
         ({"dp_max_epsilon": 1.0}, "Add --dp"),
-        ({"svt_epsilon": 0.0}, "positive and finite"),
+        ({"svt_epsilon": 0.0}, "between 1e-9 and 1e9"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], said: str) -> None:

@@ -412,8 +412,8 @@ def test_options_become_a_mechanism_and_a_budget() -> None:
     ("options", "message"),
     [
         ({"dp_noise": -1.0}, "dp_noise must be finite"),
-        ({"dp_clip": 0.0}, "dp_clip must be positive"),
-        ({"dp_delta": 1.0}, "dp_delta must be in"),
+        ({"dp_clip": 0.0}, "dp_clip must be between 1e-9 and 1e9"),
+        ({"dp_delta": 1.0}, "dp_delta must be at least 1e-30 and below 1"),
         ({"dp_mode": "both"}, "dp_mode must be server, client or local"),
         ({"dp_accountant": "gdp"}, "dp_accountant must be pld or prv"),
         ({"dataset_id": "a" * 61, "dpsgd": True}, "dataset_id must be at most 60 letters"),

@@ -364,3 +364,13 @@ def test_a_plan_refuses_what_a_run_would() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             PrivacyConfig(dp=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_noise(tmp_path: Any) -> None:
+    banded = BandedMechanism(clip_norm=1.0, noise_multiplier=2.0, bands=2)
+    recipe = job(banded, size=4, num_rounds=3, fraction_fit=0.5, sampling="turns")
+    plain = replace(recipe, mechanisms=(GaussianMechanism(clip_norm=1.0, noise_multiplier=2.0),))
+    plain.execute(SimEnv(device="cpu"), out=tmp_path / "run")
+    more = replace(recipe, federation=replace(recipe.federation, num_rounds=4))
+    with pytest.raises(ConfigError, match="must go on with the mechanisms that it was begun with"):
+        more.execute(SimEnv(device="cpu"), out=tmp_path / "run", resume=True)

@@ -65,8 +65,8 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
         ExampleConfig.__post_init__(self)
         rules = (
             ("dp_noise", self.dp_noise, 0.0 <= self.dp_noise < math.inf, "finite and 0 or more"),
-            ("dp_clip", self.dp_clip, 0.0 < self.dp_clip < math.inf, "positive and finite"),
-            ("dp_delta", self.dp_delta, 0.0 < self.dp_delta < 1.0, "in (0, 1)"),
+            ("dp_clip", self.dp_clip, 1e-9 <= self.dp_clip <= 1e9, "between 1e-9 and 1e9"),
+            ("dp_delta", self.dp_delta, 1e-30 <= self.dp_delta < 1.0, "at least 1e-30 and below 1"),
             ("dp_mode", self.dp_mode, self.dp_mode in ("server", "client", "local"), "server, client or local"),
             (
                 "dp_mechanism",

@@ -39,8 +39,8 @@ class ExampleConfig:
     def __post_init__(self) -> None:
         rules = (
             ("dpsgd_noise", self.dpsgd_noise, 0.0 <= self.dpsgd_noise < math.inf, "finite and 0 or more"),
-            ("dpsgd_clip", self.dpsgd_clip, 0.0 < self.dpsgd_clip < math.inf, "positive and finite"),
-            ("dpsgd_delta", self.dpsgd_delta, 0.0 < self.dpsgd_delta < 1.0, "in (0, 1)"),
+            ("dpsgd_clip", self.dpsgd_clip, 1e-9 <= self.dpsgd_clip <= 1e9, "between 1e-9 and 1e9"),
+            ("dpsgd_delta", self.dpsgd_delta, 1e-30 <= self.dpsgd_delta < 1.0, "at least 1e-30 and below 1"),
             (
                 "dpsgd_physical_batch",
                 self.dpsgd_physical_batch,

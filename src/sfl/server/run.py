@@ -40,7 +40,7 @@ from sfl.core.task import (
     Update,
 )
 from sfl.engine.base import Engine
-from sfl.errors import BudgetExhausted, CompositionError, RoundError
+from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
@@ -105,6 +105,8 @@ class Run:
             sent = self.job.program.chain.sends(carried)
             remembers = self.job.aggregator.init(carried)
             state = replace(state, mechanisms=self.job.server_chain.init(sent), aggregator=remembers)
+        else:
+            self._require_same_kind(state)
         self._aggregator = state.aggregator
         if state.engine is not None:
             self.engine.recall(state.engine)
@@ -116,6 +118,20 @@ class Run:
         self.look_at(state)
         self._announce(state)
         return self.close_round(state, {}, evaluate=self.job.evaluates(state.round)) if begun else state
+
+    def _require_same_kind(self, state: ServerState) -> None:
+        """What the mechanisms remember must be of these mechanisms.
+
+        Raises:
+            ConfigError: If the run was begun with others, or by a version of SFL that kept something else.
+        """
+        carried = self.job.program.rule.carried(dict(state.parameters))
+        fresh = self.job.server_chain.init(self.job.program.chain.sends(carried))
+        if [_kind(one) for one in fresh] != [_kind(one) for one in state.mechanisms]:
+            raise ConfigError(
+                "a run must go on with the mechanisms that it was begun with, got a checkpoint of others. "
+                "Give the same options, or start a new run."
+            )
 
     def _announce(self, state: ServerState) -> None:
         self.emit(
@@ -391,6 +407,10 @@ def said_of_examples(state: ServerState | None) -> dict[str, float]:
     if state is None or not isinstance(state.examples, dict):
         return {}
     return {site: float(str(epsilon)) for site, epsilon in state.examples.items()}
+
+
+def _kind(state: StateTree) -> object:
+    return sorted(state) if isinstance(state, dict) else type(state)
 
 
 def _zeros(parameters: Parameters) -> Parameters:

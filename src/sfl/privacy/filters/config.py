@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from sfl.errors import ConfigError
@@ -53,8 +52,8 @@ class FilterConfig:
         positive = ("percentile_epsilon", "percentile_gamma", "svt_epsilon", "svt_threshold", "svt_gamma", "svt_count")
         for name in positive:
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {value}.")
+            if value is not None and not 1e-9 <= value <= 1e9:
+                raise ConfigError(f"{name} must be between 1e-9 and 1e9, got {value}.")
         if self.percentile_privacy is not None and not 0.0 <= self.percentile_privacy < 100.0:
             raise ConfigError(f"percentile_privacy must be in [0, 100), got {self.percentile_privacy}.")
         if self.compress is not None and not 0.0 < self.compress <= 1.0:
