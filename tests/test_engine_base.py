@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.base import Engine
+from sfl.engine.ports import own_ports
 
 TASK = Task(FIT, 1, {"w": np.zeros(2)})
 COHORT = [f"site-{i}" for i in range(1, 6)]
@@ -139,3 +140,12 @@ def test_with_closes_and_closing_twice_is_safe() -> None:
         raise KeyError
     assert engine.closed == 1
     engine.close()
+
+
+def test_ports_of_ones_own_are_given_once_from_many_threads() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(16) as pool:
+        given = [port for ports in pool.map(own_ports, [5] * 200) for port in ports]
+    assert len(set(given)) == len(given) == 1000
+    assert 10240 <= min(given) < max(given) < 32768

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+from nvflare.private.fed.app.simulator import simulator_runner
 
 from sfl.engine import flower
 from sfl.engine.flower.app_folder import write_app
@@ -18,6 +18,7 @@ from sfl.engine.launch import Launch
 from sfl.engine.nvflare.decided import end_once_decided
 from sfl.engine.nvflare.job import write_flower_job, write_job
 from sfl.engine.nvflare.policy import allow_components
+from sfl.engine.ports import own_ports
 
 _MOST_PROCESSES = 16
 """Up to so many sites keep a process each. More take turns, and FLARE starts one anew for every task: 2 s each."""
@@ -51,7 +52,9 @@ def simulate(launch: Launch, *, through_flower: bool = False) -> int:
     least = len(names) if through_flower else int(settings["workers"])  # a Flower node runs as long as the job
     workspace = launch.folder / "flare"
     allow_components(workspace / "local")
-    runner = SimulatorRunner(
+    # FLARE's own closes a port before it gives it out, so that two threads may get the same one: then a site is lost
+    simulator_runner.get_open_ports = own_ports
+    runner = simulator_runner.SimulatorRunner(
         job_folder=str(job),
         workspace=str(workspace),
         clients=",".join(names),
