@@ -203,9 +203,9 @@ def test_what_breaks_the_promise_is_refused() -> None:
     [
         ({"dpsgd_target_epsilon": 8.0}, "Add --dpsgd"),
         ({"dpsgd": True, "dpsgd_noise": -1.0}, "0 or more"),
-        ({"dpsgd": True, "dpsgd_clip": 0.0}, "positive"),
+        ({"dpsgd": True, "dpsgd_clip": 0.0}, "between 1e-9 and 1e9"),
         ({"dpsgd": True, "dpsgd_max_epsilon": math.inf}, "finite"),
-        ({"dpsgd": True, "dpsgd_delta": 1.0}, r"in \(0, 1\)"),
+        ({"dpsgd": True, "dpsgd_delta": 1.0}, "at least 1e-30 and below 1"),
         ({"dpsgd": True, "dpsgd_physical_batch": 0}, "at least 1"),
     ],
 )
