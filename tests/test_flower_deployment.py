@@ -114,7 +114,7 @@ sys.stdin.read()
 """
 
 
-def test_what_others_ask_for_is_forked_until_who_started_the_forks_is_gone() -> None:
+def test_what_is_asked_for_beside_flare_is_forked_until_who_started_the_forks_is_gone() -> None:
     """As it is beside FLARE, which starts SuperLink and SuperNodes itself."""
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
         name = Path(folder, "bin", "flower-superexec")
