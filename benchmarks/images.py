@@ -93,7 +93,6 @@ class ImageSite(BaseFederatedClient):
         seed: Of the partition and of the order of images.
         epochs: Passes over the site's images in a round.
         learning_rate: Of SGD.
-        flips: Whether the site's labels are all wrong: label y becomes 9 - y.
     """
 
     honours = frozenset({"proximal", "drift", "learning_rate"})
@@ -109,15 +108,12 @@ class ImageSite(BaseFederatedClient):
         seed: int,
         epochs: int,
         learning_rate: float,
-        flips: tuple[int, ...] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(client_id=client_id, device=device, **kwargs)
         images, labels, _, _ = load(task)
         mine = shares(task, sites, alpha, seed)[client_id]
         self.x, self.y = images[mine], labels[mine]
-        if client_id in flips:
-            self.y = 9 - self.y
         self.seed, self.epochs, self.learning_rate = seed, epochs, learning_rate
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:

@@ -300,7 +300,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def curves(rows: list[dict[str, Any]]) -> str:
-    """Accuracy on digits over ε, as SVG: no library that is at hand writes one without a browser."""
+    """Accuracy on digits over ε, as SVG."""
     left, top, width, height = 60, 20, 420, 260
     lines = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 330" font-family="sans-serif" font-size="13">',

@@ -234,3 +234,9 @@ def test_a_large_difference_is_taken_in_blocks_and_tells_whether_it_is_finite(pl
     expected = updated - base
     assert bool(arrays.subtract_into(updated, base, updated)) == (place is None)
     np.testing.assert_array_equal(updated, expected)
+
+
+def test_statistics_of_batchnorm_and_whole_numbers_are_not_trained() -> None:
+    names = ["w", "n.running_mean", "n.running_var", "n.num_batches_tracked"]
+    assert [arrays.is_trained(name, np.ones(1)) for name in names] == [True, False, False, False]
+    assert not arrays.is_trained("w", np.ones(1, np.int64))

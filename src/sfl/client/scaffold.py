@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sfl.client.base import BaseFederatedClient
 from sfl.client.rule import LocalRule
+from sfl.core import arrays
 from sfl.core.terms import DRIFT, LocalTerms
 from sfl.errors import UpdateError
-from sfl.types import BUFFERS, Array, Config, Parameters
+from sfl.types import Array, Config, Parameters
 
 CONTROL = "control/"
 """Under which a task carries the server's control variate of an array."""
@@ -35,7 +35,7 @@ class ScaffoldRule(LocalRule):
 
     def carried(self, model: Parameters) -> Parameters:
         """The model and a control variate of each of its trained arrays."""
-        return {**model, **{CONTROL + name: value for name, value in model.items() if is_controlled(name, value)}}
+        return {**model, **{CONTROL + name: value for name, value in model.items() if arrays.is_trained(name, value)}}
 
     def model(self, sent: Mapping[str, Array]) -> Parameters:
         """What is not a control variate."""
@@ -69,11 +69,6 @@ class ScaffoldRule(LocalRule):
             changes[CONTROL + name] = change
         client.state[_STATE] = own
         return {**delta, **changes}
-
-
-def is_controlled(name: str, value: Array) -> bool:
-    """Whether an array has a control variate: it is floating, and no buffer."""
-    return value.dtype.kind == "f" and not any(fnmatchcase(name, pattern) for pattern in BUFFERS)
 
 
 def _controls(sent: Mapping[str, Array]) -> Parameters:

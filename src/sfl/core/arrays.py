@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
-from sfl.types import Array, Parameters
+from sfl.types import BUFFERS, Array, Parameters
 
 BLOCK = 1 << 16  # elements; a float32 block and its partner fit a 1-MB second-level cache
 _ALIGN = 64  # bytes: a cache line
@@ -57,6 +58,15 @@ def subtract(left: Mapping[str, Array], right: Mapping[str, Array]) -> Parameter
 def scale(parameters: Mapping[str, Array], factor: float) -> Parameters:
     """``factor * parameters``; each array keeps its dtype (integers are truncated towards zero)."""
     return {name: np.asarray(value * factor).astype(value.dtype, copy=False) for name, value in parameters.items()}
+
+
+def is_trained(name: str, value: Array) -> bool:
+    """Whether a gradient moves an array: it is floating, and no statistic of BatchNorm.
+
+    >>> is_trained("norm.running_var", np.ones(2)), is_trained("norm.weight", np.ones(2))
+    (False, True)
+    """
+    return value.dtype.kind == "f" and not any(fnmatchcase(name, pattern) for pattern in BUFFERS)
 
 
 def num_parameters(parameters: Mapping[str, Array]) -> int:

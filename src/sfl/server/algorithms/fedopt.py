@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from sfl.core import arrays
 from sfl.core.aggregator import sum_dtype
 from sfl.core.algorithm import ServerState
 from sfl.core.task import Update
 from sfl.errors import ConfigError
 from sfl.server.strategy import FedAvg, step
-from sfl.types import BUFFERS, Array, Parameters
+from sfl.types import Array, Parameters
 
 ServerOptimizer = Literal["momentum", "adagrad", "yogi", "adam"]
 Moments: TypeAlias = tuple[Array, Array]
@@ -63,7 +63,7 @@ class FedOpt(FedAvg):
     def init(self, parameters: Parameters) -> ServerState:
         """Round 0, with the first moments."""
         state = super().init(parameters)
-        floating = {name: value for name, value in parameters.items() if is_optimised(name, value)}
+        floating = {name: value for name, value in parameters.items() if arrays.is_trained(name, value)}
         m = {name: np.zeros(value.shape, sum_dtype(value)) for name, value in floating.items()}
         moments: dict[str, Parameters] = {"m": m}
         if self.optimizer != "momentum":
@@ -88,11 +88,6 @@ class FedOpt(FedAvg):
         parameters = {name: moved.get(name, value) for name, value in after.parameters.items()}
         algorithm = {**before, "m": m, **({"v": v} if v else {})}
         return replace(after, parameters=parameters, algorithm=algorithm)
-
-
-def is_optimised(name: str, value: Array) -> bool:
-    """Whether a gradient moves an array: it is floating, and no statistic of BatchNorm."""
-    return value.dtype.kind == "f" and not any(fnmatchcase(name, pattern) for pattern in BUFFERS)
 
 
 def _momentum(rule: FedOpt, delta: Array, moments: Moments) -> Moments:
