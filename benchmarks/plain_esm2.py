@@ -134,7 +134,8 @@ def evaluate(model: EsmForMaskedLM, proteins: PackedProteins) -> tuple[float, fl
 
 def forward(model: EsmForMaskedLM, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss and right answers over the masked residues; the head runs on those positions alone."""
-    bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    found = torch.cpu.get_capabilities()
+    bf16 = bool(found.get("amx_bf16") or found.get("avx512_bf16"))
     ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         hidden = model.esm(ids, attention_mask=(ids != PAD).long()).last_hidden_state

@@ -89,3 +89,25 @@ def test_where_a_gpu_shows_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_environment_checks_its_numbers(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be"):
         SimEnv(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True}, False),  # emulated: five times slower than float32
+        ({"architecture": "x86_64", "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+    ],
+)
+def test_bfloat16_is_used_where_the_processor_computes_it(
+    found: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    from sfl.train.trainer import has_bf16
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert has_bf16(torch.device("cpu")) is expected
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not has_bf16(torch.device("cpu"))
