@@ -27,7 +27,8 @@ from sfl.esm2.dataset import (
 )
 from sfl.esm2.fasta import parse_header
 from sfl.esm2.proteins import RawProtein, clean
-from sfl.esm2.sources import absolute, resolve
+from sfl.esm2.sources import resolve
+from sfl.train.sources import absolute
 
 FASTA = """>P1|A_ECOLI Alpha protein OS=Escherichia coli
 MKTAYI

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sfl import __version__
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say_error(str(error), FAILED)
     except KeyboardInterrupt as interrupt:
-        go_on = f"; go on with: sfl run esm2 --resume {shlex.quote(str(interrupt.args[0]))}" if interrupt.args else ""
+        go_on = f"; go on with: {_resume_command(Path(str(interrupt.args[0])))}" if interrupt.args else ""
         sys.stderr.write(f"\ninterrupted{go_on}\n")
         return INTERRUPTED
     return code if isinstance(code, int) else OK
@@ -71,12 +72,14 @@ def _app() -> App:
     )
     run = App(name="run", help="Run a federated job.")
     run.command("sfl.cli.commands:esm2", help="Train ESM2, a protein language model, on several sites.")
+    run.command("sfl.cli.commands:llm", help="Fine-tune a causal language model on several sites.")
     run.command("sfl.cli.commands:sum_demo", name="sum", help="Add up one number per site: the smallest federated job.")
     config = App(name="config", help="Look at the configuration.")
     config.command("sfl.cli.commands:show", help="Show every option, its value, and where the value comes from.")
     app.command("sfl.cli.provision:provision", help="Write the kits of a federation: certificates, scripts, policies.")
     submit = App(name="submit", help="Submit a job to a provisioned federation, and do not wait for it.")
     submit.command("sfl.cli.submit:esm2", help="Train ESM2, a protein language model, on several sites.")
+    submit.command("sfl.cli.submit:llm", help="Fine-tune a causal language model on several sites.")
     submit.command("sfl.cli.submit:sum_demo", name="sum", help="Add up one number per site.")
     app.command("sfl.cli.export:export", help="Write a job as a FLARE job folder, for plain FLARE tools.")
     app.command("sfl.cli.jobs:status", help="Show a federation's server, sites and jobs.")
@@ -103,9 +106,16 @@ def _poc() -> App:
     poc.command("sfl.cli.poc:clean", help="Remove its folder.")
     submit = App(name="submit", help="Submit a job to it, and do not wait for it.")
     submit.command("sfl.cli.poc:esm2", help="Train ESM2, a protein language model, on several sites.")
+    submit.command("sfl.cli.poc:llm", help="Fine-tune a causal language model on several sites.")
     submit.command("sfl.cli.poc:sum_", name="sum", help="Add up one number per site.")
     poc.command(submit)
     return poc
+
+
+def _resume_command(run: Path) -> str:
+    from sfl.cli.applications import job_of_run
+
+    return shlex.join(["sfl", "run", job_of_run(run), "--resume", str(run)])
 
 
 def _say_error(message: str, code: int) -> int:

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter as Flag
 
-from sfl.cli.commands import resolve_esm2
+from sfl.application.config import RunConfig
+from sfl.cli.applications import APPLICATIONS, job_of_run, resolve_job
 from sfl.errors import ConfigError
 from sfl.types import FederationConfig, Parameters
 from sfl.utils.bounds import upper
 
 if TYPE_CHECKING:
+    from sfl.application.workload import Workload
     from sfl.core.mechanism import DpEvent
-    from sfl.esm2.config import ESM2RunConfig
+    from sfl.privacy.audit import NormCheck
     from sfl.recipe import Recipe
 
 Simulated = Literal["sim", "flower", "flower-deploy", "nvflare", "nvflare-poc", "flower-in-nvflare"]
@@ -39,12 +41,12 @@ def audit(
     """Measure a lower bound on ε with canaries in place of the run's sites, beside what the ledger says.
 
     Nothing is trained: the run's own clip, sampling, sum and noise are what is audited, and of DP-SGD a step of its own
-    trainer. Of data only the norms of some of the first site's proteins are looked at. The exit code is 1 if the
+    trainer. Of data only the norms of some of the first site's records are looked at. The exit code is 1 if the
     measurement contradicts the claim.
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"RUN must be the folder of a run, with its config.yaml, got {str(run)!r}.")
-    config = resolve_esm2(None, run, {}).config
+    config: RunConfig = resolve_job(job_of_run(run), None, run, {}).config
     if not (config.privacy.dp or config.privacy.dpsgd):
         raise ConfigError(
             f"RUN must be a run with --dp or --dpsgd to be audited, got {run}, which claims nothing that can be."
@@ -61,23 +63,30 @@ def audit(
     return int(any(bool(each.get("contradicted")) for each in (found, found.get("examples", {}))))
 
 
-def _audit_examples(config: ESM2RunConfig, run: Path, *, canaries: int, confidence: float) -> dict[str, Any]:
+def _audit_examples(config: RunConfig, run: Path, *, canaries: int, confidence: float) -> dict[str, Any]:
     """A step of the first site's training, on canaries; and what its own proteins add to a step's sum before its noise,
     on the run's newest model.
     """
-    from functools import partial
-
-    from sfl.esm2.model import find_model
-    from sfl.esm2.private import example_norms, first_site
     from sfl.privacy.audit import PrivacyAuditor
     from sfl.train.audited import StepPipeline
 
-    model = find_model(config.client.model)
+    workload = _workload(config, run)
+    examples = workload.examples(workload.data()[0].sites[0].train)
+    training = workload.private(len(examples))
+
+    def norms() -> NormCheck:
+        from sfl.privacy.filters.layers import chosen_layers, parse_layers
+        from sfl.train.module import frozen, lend_parameters, load_parameters
+
+        module, newest = workload.module("cpu"), _newest(run)
+        if newest is not None:
+            load_parameters(module, newest)
+        names = chosen_layers(parse_layers(config.privacy.freeze_layers), list(lend_parameters(module)))
+        with frozen(module, names):
+            return training.example_norms(module, examples)
+
     pipeline = StepPipeline(
-        trainer=first_site(config)[0].trainer(),
-        canaries=canaries,
-        delta=config.privacy.dpsgd_delta,
-        checked=partial(example_norms, config, model, _newest(run)),
+        trainer=training.trainer(), canaries=canaries, delta=config.privacy.dpsgd_delta, checked=norms
     )
     report = PrivacyAuditor(canaries=canaries, confidence=confidence).run_pipeline_audit(pipeline)
     sys.stdout.write("of examples, one step of the first site's training without the help of sampling:\n")
@@ -87,7 +96,7 @@ def _audit_examples(config: ESM2RunConfig, run: Path, *, canaries: int, confiden
 
 
 def _audit_sites(
-    config: ESM2RunConfig, run: Path, *, canaries: int, confidence: float, rounds: int | None, backend: Simulated
+    config: RunConfig, run: Path, *, canaries: int, confidence: float, rounds: int | None, backend: Simulated
 ) -> dict[str, Any]:
     """Canaries through the run's pipeline."""
     from sfl.audit import audit_recipe
@@ -106,15 +115,18 @@ def _audit_sites(
     return {**report.to_dict(), "backend": backend, "run": spent}
 
 
-def _recipe(config: ESM2RunConfig, run: Path, canaries: int, rounds: int | None) -> Recipe:
+def _recipe(config: RunConfig, run: Path, canaries: int, rounds: int | None) -> Recipe:
     """The run's recipe, for so many sites, from its newest model on."""
-    from sfl.esm2.model import find_model
-    from sfl.esm2.server import esm2_recipe
-
+    application = APPLICATIONS[job_of_run(run)].load()
     federation = _federation(config, canaries, rounds)
-    recipe = esm2_recipe(replace(config, federation=federation), find_model(config.client.model))
+    recipe = application.recipe(replace(config, federation=federation), application.find_model(config.client.model))
     newest = _newest(run)
     return recipe if newest is None else replace(recipe, initial_parameters=newest)
+
+
+def _workload(config: RunConfig, run: Path) -> Workload[Any, Any]:
+    application = APPLICATIONS[job_of_run(run)].load()
+    return application.workload(config, application.find_model(config.client.model))
 
 
 def _newest(run: Path) -> Parameters | None:
@@ -126,7 +138,7 @@ def _newest(run: Path) -> Parameters | None:
     return None if state is None else state.parameters
 
 
-def _federation(config: ESM2RunConfig, canaries: int, rounds: int | None) -> FederationConfig:
+def _federation(config: RunConfig, canaries: int, rounds: int | None) -> FederationConfig:
     """The run's, with a site for each canary. Where absence shows nothing (server), one for each turn stands by."""
     before = config.federation
     shared = config.privacy.dp_mode == "client"

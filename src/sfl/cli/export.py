@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from sfl.cli.commands import resolve_esm2, warn
+from sfl.cli.applications import APPLICATIONS, CONFIGS, resolve_job
+from sfl.cli.commands import warn
 from sfl.cli.options import with_options
 from sfl.errors import ConfigError
-from sfl.esm2.config import ESM2RunConfig
 from sfl.types import FederationConfig, site_names
 from sfl.utils.config import options_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Output = Annotated[Path, Parameter(help="The job's folder; made anew.")]
 Sites = Annotated[str, Parameter(help="Names of the sites, comma-separated; by default site-1, site-2 …")]
-JobName = Annotated[Literal["esm2", "sum"], Parameter(help="The job, unless a training script is given.")]
+JobName = Annotated[Literal["esm2", "llm", "sum"], Parameter(help="The job, unless a training script is given.")]
 CustomCode = Annotated[
     bool,
     Parameter(
@@ -98,21 +98,20 @@ def _export(
     return 0
 
 
-export = with_options(ESM2RunConfig, _export)
+export = with_options(CONFIGS, _export)
 
 
 def _recipe(job: str, script: ScriptOptions, overrides: dict[str, object]) -> tuple[Recipe, str]:
     """The recipe, and the device of its sites."""
-    resolved = resolve_esm2(None, None, overrides)
+    applied = script.train_script is None and job in APPLICATIONS
+    resolved = resolve_job(job if applied else "esm2", None, None, overrides)
     federation, device = resolved.config.federation, resolved.config.client.device
-    if script.train_script is None and job == "esm2":
-        from sfl.esm2.main import esm2_job
-
-        return esm2_job(resolved.config, warn), device
-    options = options_of(ESM2RunConfig)
+    if applied:
+        return APPLICATIONS[job].load().job(resolved.config, warn), device
+    options = options_of(APPLICATIONS["esm2"].config)
     odd = [options[name].flag for name in overrides if options[name].section == "client" and name != "device"]
     if odd:
-        raise ConfigError(f"{', '.join(odd)} must come with the job esm2, got another. Leave it out.")
+        raise ConfigError(f"{', '.join(odd)} must come with the job of an application, got another. Leave it out.")
     if script.train_script is not None:
         return script.recipe(federation), device
     from sfl.server.app import sum_recipe

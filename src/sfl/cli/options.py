@@ -20,8 +20,10 @@ SHORT: Final[Mapping[str, str]] = {"verbose": "-v"}
 """One-letter names of options."""
 
 
-def with_options(config: type, body: Callable[..., R]) -> Callable[..., R]:
-    """A command with the parameters of ``body``, whose ``**overrides`` become one flag per option of ``config``.
+def with_options(configs: Sequence[type], body: Callable[..., R]) -> Callable[..., R]:
+    """A command with the parameters of ``body``, whose ``**overrides`` become one flag per option of ``configs``.
+
+    What several of them have is one flag, shown as the first has it.
 
     The body receives only the flags that were given, as they were typed: ``sfl.utils.config.resolve`` reads them with
     the same rules as the environment, and its messages name the flag.
@@ -33,7 +35,10 @@ def with_options(config: type, body: Callable[..., R]) -> Callable[..., R]:
 
     signature = inspect.signature(body)
     own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    options = options_of(config).values()
+    named: dict[str, Option] = {}
+    for config in configs:
+        named.update({name: option for name, option in options_of(config).items() if name not in named})
+    options = named.values()
     sections = list(dict.fromkeys(option.section for option in options))
     groups = {name: Group((name or "options").capitalize(), sort_key=place) for place, name in enumerate(sections)}
     flags = [_flag(option, groups[option.section]) for option in options]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from sfl.cli.commands import ConfigFile, RunFolder
+from sfl.cli.applications import APPLICATIONS, ConfigFile, Entry, RunFolder
 from sfl.cli.jobs import as_json, as_table
 from sfl.cli.options import with_options
-from sfl.cli.submit import submit_esm2, sum_demo
+from sfl.cli.submit import submit_job, sum_demo
 from sfl.env.checks import require
 from sfl.errors import ConfigError, EngineError
-from sfl.esm2.config import ESM2RunConfig
 
 if TYPE_CHECKING:
     from sfl.engine.nvflare.standing import Standing
@@ -85,20 +85,26 @@ def clean(*, workspace: Workspace = HOME) -> int:
     return 0
 
 
-def _submit_esm2(
-    *, workspace: Workspace = HOME, config: ConfigFile = None, resume: RunFolder = None, **overrides: object
-) -> int:
-    """Submit a training of ESM2 to this federation, and do not wait for it."""
-    if "startup_kit" in overrides:
-        raise ConfigError("startup_kit must be left out, as the federation has its own. Or use: sfl submit esm2")
-    standing = _standing(workspace)
-    here = {"startup_kit": str(standing.admin_kit)}
-    if resume is None:
-        here["num_clients"] = str(len(standing.sites))
-    return submit_esm2(config, {**here, **overrides}, resume)
+def _submits(entry: Entry) -> Callable[..., int]:
+    def body(
+        *, workspace: Workspace = HOME, config: ConfigFile = None, resume: RunFolder = None, **overrides: object
+    ) -> int:
+        if "startup_kit" in overrides:
+            raise ConfigError(
+                f"startup_kit must be left out, as the federation has its own. Or use: sfl submit {entry.name}"
+            )
+        standing = _standing(workspace)
+        here = {"startup_kit": str(standing.admin_kit)}
+        if resume is None:
+            here["num_clients"] = str(len(standing.sites))
+        return submit_job(entry, config, {**here, **overrides}, resume)
+
+    body.__doc__ = f"{entry.summary[:-1]}: submit it to this federation, and do not wait for it."
+    return with_options((entry.config,), body)
 
 
-esm2 = with_options(ESM2RunConfig, _submit_esm2)
+esm2 = _submits(APPLICATIONS["esm2"])
+llm = _submits(APPLICATIONS["llm"])
 
 
 def sum_(

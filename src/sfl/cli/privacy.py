@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from sfl.cli.commands import ConfigFile, RunFolder, resolve_esm2
+from sfl.application.config import RunConfig
+from sfl.cli.applications import APPLICATIONS, CONFIGS, ConfigFile, JobName, RunFolder, job_of_run, resolve_job
 from sfl.cli.options import with_options
-from sfl.esm2.config import ESM2RunConfig
 from sfl.privacy.config import PrivacyConfig
 from sfl.types import FederationConfig
 from sfl.utils.bounds import upper
@@ -18,22 +18,25 @@ _OTHERS = {"dpsgd", "svt_privacy", "percentile_epsilon"}  # protections beside -
 _FACTORS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
 
 
-def _plan(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
+def _plan(
+    *, job: JobName | None = None, config: ConfigFile = None, resume: RunFolder = None, **overrides: object
+) -> int:
     """What these options cost, or with a target ε the noise that they need, before anything runs.
 
     Options are those of a run; --dp is taken as given unless another protection is named.
     """
     given = overrides if resume or _OTHERS & overrides.keys() else {"dp": True, **overrides}
-    options = resolve_esm2(config, resume, given).config
+    named = job or (job_of_run(resume) if resume is not None else "esm2")
+    options: RunConfig = resolve_job(named, config, resume, given).config
     privacy = options.privacy
     if privacy.dp or privacy.selects_privately:
         _write(privacy, options.federation)
     if privacy.dpsgd:
-        _write_examples(options)
+        _write_examples(named, options)
     return 0
 
 
-plan = with_options(ESM2RunConfig, _plan)
+plan = with_options(CONFIGS, _plan)
 
 
 def _write(options: PrivacyConfig, federation: FederationConfig) -> None:
@@ -59,19 +62,19 @@ def _write(options: PrivacyConfig, federation: FederationConfig) -> None:
         )
 
 
-def _write_examples(options: ESM2RunConfig) -> None:
+def _write_examples(job: str, options: RunConfig) -> None:
     """For the site with the fewest examples, which are drawn most often."""
-    from sfl.esm2.client import federated_data
-    from sfl.esm2.private import PrivateTraining
     from sfl.privacy.accountant import PrivacyAccountant
     from sfl.privacy.budget import PrivacyBudget, example_statement
 
     privacy, federation = options.privacy, options.federation
-    sizes = [len(site.train) for site in federated_data(options)[0].sites]
+    application = APPLICATIONS[job].load()
+    workload = application.workload(options, application.find_model(options.client.model))
+    sizes = [workload.count(site.train) for site in workload.data()[0].sites]
     rounds = math.ceil(federation.num_rounds / federation.turns)
     accountant = PrivacyAccountant(delta=privacy.dpsgd_delta, method=privacy.dp_accountant)
     size = min(sizes)
-    training = PrivateTraining.of(options, size)
+    training = workload.private(size)
 
     def spent(noise: float) -> list[float]:
         return [accountant.epsilon([replace(training, noise_multiplier=noise).event()] * rounds)]

@@ -6,29 +6,34 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sfl.cli.commands import ConfigFile, RunFolder, resolve_esm2, warn
+from sfl.cli.applications import APPLICATIONS, ConfigFile, Entry, RunFolder, resolve_job
+from sfl.cli.commands import warn
 from sfl.cli.options import with_options
 from sfl.errors import ConfigError
-from sfl.esm2.config import ESM2RunConfig
 
 BACKEND = "nvflare-prod"
 
 
-def _esm2(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
-    """Submit a training of ESM2, and do not wait for it."""
-    return submit_esm2(config, overrides, resume)
+def _submits(entry: Entry) -> Callable[..., int]:
+    def body(*, config: ConfigFile = None, resume: RunFolder = None, **overrides: object) -> int:
+        return submit_job(entry, config, overrides, resume)
+
+    body.__doc__ = f"{entry.summary[:-1]}: submit it, and do not wait for it."
+    return with_options((entry.config,), body)
 
 
-esm2 = with_options(ESM2RunConfig, _esm2)
+esm2 = _submits(APPLICATIONS["esm2"])
+llm = _submits(APPLICATIONS["llm"])
 
 
-def submit_esm2(config: Path | None, overrides: Mapping[str, object], resume: Path | None) -> int:
-    """Submit a training of ESM2 with the kit that the options name.
+def submit_job(entry: Entry, config: Path | None, overrides: Mapping[str, object], resume: Path | None) -> int:
+    """Submit an application's job with the kit that the options name.
 
     Args:
+        entry: The application.
         config: A YAML file to read instead of those of the current folder.
         overrides: The flags that were given.
         resume: The folder of the run to go on with.
@@ -39,12 +44,11 @@ def submit_esm2(config: Path | None, overrides: Mapping[str, object], resume: Pa
     """
     if overrides.get("backend", BACKEND) != BACKEND:
         raise ConfigError(f"backend must be {BACKEND} to submit, got {overrides['backend']!r}. Leave it out.")
-    resolved = resolve_esm2(config, resume, {**overrides, "backend": BACKEND})
+    resolved = resolve_job(entry.name, config, resume, {**overrides, "backend": BACKEND})
     kit = _kit(resolved.config.federation.startup_kit)
     from sfl.env import ProdEnv
-    from sfl.esm2.main import begin_esm2
 
-    recipe, folder, write_config = begin_esm2(resolved, warn, resume=resume)
+    recipe, folder, write_config = entry.load().begin(resolved, warn, resume=resume)
     env = ProdEnv(device=resolved.config.client.device, startup_kit=kit)
     try:
         job = env.submit(recipe, out=folder, resume=resume is not None)

@@ -7,13 +7,16 @@ data.sites[0].train, data.sites[0].held_out, data.held_out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from sfl.errors import DataError
 from sfl.esm2.alphabet import PackedProteins, encode
-from sfl.esm2.proteins import CleaningReport, ProteinRecord, clean, genus
-from sfl.esm2.sources import Source, read, resolve
-from sfl.esm2.split import FederatedProteins, SiteProteins, check_leakage, federate_proteins
+from sfl.esm2.proteins import ProteinRecord, clean, genus
+from sfl.esm2.sources import read, resolve
+from sfl.train.cleaning import CleaningReport
+from sfl.train.federated import Federated, Shares, SiteRecords, check_leakage, federate, most_frequent
+from sfl.train.sources import names_of_sites
 
 __all__ = [
     "CleaningReport",
@@ -24,10 +27,45 @@ __all__ = [
     "check_leakage",
     "encode",
     "federate_proteins",
+    "figures",
     "genus",
     "load_proteins",
     "load_sites",
 ]
+
+SiteProteins: TypeAlias = SiteRecords[ProteinRecord]
+FederatedProteins: TypeAlias = Federated[ProteinRecord]
+
+
+def federate_proteins(
+    records: Sequence[ProteinRecord] | Mapping[str, Sequence[ProteinRecord]],
+    *,
+    partition: str,
+    num_clients: int,
+    seed: int,
+    eval_fraction: float = 0.1,
+    global_fraction: float = 0.1,
+) -> FederatedProteins:
+    """Share proteins among sites and hold some out; see `sfl.train.federated.federate`.
+
+    A field of the partition is organism, genus, label or a column of the source.
+    """
+    shares = Shares(
+        partition=partition,
+        num_clients=num_clients,
+        seed=seed,
+        eval_fraction=eval_fraction,
+        global_fraction=global_fraction,
+    )
+    return federate(records, shares, what="sequence", hint="FASTA headers name an organism as OS=Homo sapiens")
+
+
+def figures(records: Sequence[ProteinRecord]) -> dict[str, Any]:
+    """What the report says of some proteins: their residues and most frequent organisms."""
+    return {
+        "size": sum(len(record.sequence) for record in records),
+        "top": most_frequent(record.organism for record in records),
+    }
 
 
 def load_proteins(data: str = "", *, min_length: int = 2) -> tuple[list[ProteinRecord], CleaningReport]:
@@ -35,7 +73,7 @@ def load_proteins(data: str = "", *, min_length: int = 2) -> tuple[list[ProteinR
 
     Args:
         data: Empty for the bundled sample, or a path, ``path:column``, folder, comma list, pattern, or ``hf:NAME``
-            (see `sfl.esm2.sources.resolve`).
+            (see `sfl.train.sources.resolve`).
         min_length: Fewest residues of a usable protein.
 
     Raises:
@@ -59,7 +97,7 @@ def load_sites(data: str, *, min_length: int = 2) -> tuple[dict[str, list[Protei
     sources = resolve(data)
     sites: dict[str, list[ProteinRecord]] = {}
     reports: list[CleaningReport] = []
-    for name, source in zip(_site_names(sources), sources, strict=True):
+    for name, source in zip(names_of_sites(sources), sources, strict=True):
         sites[name], report = clean(read(source), source=source.text, min_length=min_length)
         _require_usable(report)
         reports.append(report)
@@ -73,13 +111,3 @@ def _require_usable(report: CleaningReport) -> None:
             f"{report.source} must hold at least one usable protein, got {report.read} records ({report.counts()}). "
             f"Check that it holds amino-acid sequences{f': {lines}' if lines else ''}."
         )
-
-
-def _site_names(sources: Sequence[Source]) -> list[str]:
-    names: list[str] = []
-    for source in sources:
-        name, number = source.name, 2
-        while name in names:
-            name, number = f"{source.name}-{number}", number + 1
-        names.append(name)
-    return names

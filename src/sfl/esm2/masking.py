@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from sfl.esm2.alphabet import CLS, EOS, FIRST_RESIDUE, MASK, PAD, STANDARD, PackedProteins, Tokens
 from sfl.train.batching import length_sorted_batches
+from sfl.train.examples import Examples
 
 Ids = NDArray[np.int64]
 
@@ -93,17 +94,36 @@ def epoch(
         yield mask(pad(crops), generator, evaluation=evaluation)
 
 
-def training_batches(
-    proteins: PackedProteins, batch_size: int, max_length: int, *, epochs: int | None, steps: int | None,
-    generator: np.random.Generator,
-) -> Iterator[MaskedBatch]:  # fmt: skip
-    """``epochs`` passes, or exactly ``steps`` batches over as many passes as they take; one pass if neither is set."""
-    done = passes = 0
-    limit = (epochs or 1) if steps is None else None
-    while limit is None or passes < limit:
-        for batch in epoch(proteins, batch_size, max_length, generator):
-            if steps is not None and done == steps:
-                return
-            yield batch
-            done += 1
-        passes += 1
+@dataclass(frozen=True)
+class ProteinExamples(Examples[MaskedBatch]):
+    """Proteins as masked crops.
+
+    Attributes:
+        proteins: The proteins.
+        batch_size: Proteins in a batch.
+        max_length: Residues of a crop.
+    """
+
+    proteins: PackedProteins
+    batch_size: int
+    max_length: int
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Residues of each protein's crops."""
+        return np.minimum(self.proteins.lengths, self.max_length)
+
+    def epoch(self, generator: np.random.Generator) -> Iterator[MaskedBatch]:
+        """One pass to train on; see ``epoch``."""
+        return epoch(self.proteins, self.batch_size, self.max_length, generator)
+
+    def evaluation(self, generator: np.random.Generator) -> Iterator[MaskedBatch]:
+        """One pass to evaluate on: all that is selected is masked."""
+        return epoch(self.proteins, self.batch_size, self.max_length, generator, evaluation=True)
+
+    def apart(self, chosen: NDArray[np.int64], generator: np.random.Generator) -> MaskedBatch:
+        """Just these proteins, each cropped and masked by itself."""
+        spare = np.maximum(self.proteins.lengths[chosen] - self.max_length, 0)
+        starts = generator.integers(0, spare + 1)
+        crops = [self.proteins[int(i)][at : at + self.max_length] for i, at in zip(chosen, starts, strict=True)]
+        return mask(pad(crops), generator, apart=True)

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sfl.esm2.alphabet import RARE, STANDARD
+from sfl.train.cleaning import CleaningReport, Dropped
 
 _INVALID = re.compile(f"[^{STANDARD}{RARE}]")
+_REASONS = {
+    "empty": "empty",
+    "invalid residues": "invalid",
+    "too short": "too short",
+    "duplicate sequence": "duplicate",
+}
 _QUALIFIERS = frozenset({"candidatus", "uncultured", "unclassified"})
 
 
@@ -48,6 +55,15 @@ class ProteinRecord:
             return str(getattr(self, name))
         return self.fields.get(name, "")
 
+    @property
+    def key(self) -> str:
+        """Two records of one sequence are the same."""
+        return self.sequence
+
+    def names(self) -> Iterable[str]:
+        """What every record has, and the columns of its source."""
+        return (*ATTRIBUTES, *self.fields)
+
 
 ATTRIBUTES = ("id", "organism", "genus", "label")
 """The names of what every record has; a source's columns come on top."""
@@ -64,63 +80,6 @@ def genus(organism: str) -> str:
     while len(words) > 1 and words[0].strip("'[]\"").lower() in _QUALIFIERS:
         words = words[1:]
     return words[0].strip("'[]\"()").lower() if words else ""
-
-
-@dataclass(frozen=True)
-class CleaningReport:
-    """What cleaning did: ``read == kept + empty + invalid + too_short + duplicate``.
-
-    Attributes:
-        source: The file or data set.
-        read: Records in the source.
-        kept: Records that are usable.
-        empty: Dropped: no residues.
-        invalid: Dropped: a character that is no residue.
-        too_short: Dropped: below the minimum length.
-        duplicate: Dropped: the same sequence as an earlier record.
-        lines: One line for people for each source and reason.
-    """
-
-    source: str
-    read: int = 0
-    kept: int = 0
-    empty: int = 0
-    invalid: int = 0
-    too_short: int = 0
-    duplicate: int = 0
-    lines: tuple[str, ...] = ()
-
-    def warnings(self) -> list[str]:
-        """A line for each reason for which records were dropped, with the first of them as example."""
-        return list(self.lines)
-
-    def counts(self) -> str:
-        """What was dropped and why, in words: ``"2 invalid, 1 empty"``."""
-        figures = {
-            "invalid": self.invalid,
-            "empty": self.empty,
-            "too short": self.too_short,
-            "duplicate": self.duplicate,
-        }
-        return ", ".join(f"{count} {reason}" for reason, count in figures.items() if count) or "none dropped"
-
-    @classmethod
-    def merge(cls, source: str, reports: Iterable[CleaningReport]) -> CleaningReport:
-        """The sum over several sources."""
-        parts = list(reports)
-        names = ("read", "kept", "empty", "invalid", "too_short", "duplicate")
-        totals = {name: sum(getattr(part, name) for part in parts) for name in names}
-        return cls(source, **totals, lines=tuple(line for part in parts for line in part.lines))
-
-
-@dataclass
-class _Dropped:
-    count: int = 0
-    first: str = ""
-
-    def add(self, example: str) -> None:
-        self.first = self.first or example
-        self.count += 1
 
 
 def clean(
@@ -140,21 +99,18 @@ def clean(
     """
     known = set[str]() if seen is None else seen
     records: list[ProteinRecord] = []
-    dropped = {reason: _Dropped() for reason in ("empty", "invalid residues", "too short", "duplicate sequence")}
+    dropped = Dropped(_REASONS)
     for number, item in enumerate(raw, start=1):
         name = item.id or f"record-{number}"
         sequence = "".join(item.sequence.split()).rstrip("*")
         sequence = sequence.upper() if sequence.isascii() else sequence  # 'ß' would become two residues
         problem = _problem(sequence, min_length, known)
         if problem:
-            dropped[problem[0]].add(f"{name}{problem[1]}")
+            dropped.add(problem[0], f"{name}{problem[1]}")
             continue
         known.add(sequence)
         records.append(_record(name, sequence, item))
-    empty, invalid, short, duplicate = (drop.count for drop in dropped.values())
-    lines = tuple(_line(source, reason, drop) for reason, drop in dropped.items() if drop.count)
-    read = len(records) + empty + invalid + short + duplicate
-    return records, CleaningReport(source, read, len(records), empty, invalid, short, duplicate, lines)
+    return records, dropped.report(source, len(records))
 
 
 def _problem(sequence: str, min_length: int, known: set[str]) -> tuple[str, str] | None:
@@ -171,8 +127,3 @@ def _problem(sequence: str, min_length: int, known: set[str]) -> tuple[str, str]
 def _record(name: str, sequence: str, item: RawProtein) -> ProteinRecord:
     kind = item.fields.get("genus") or genus(item.organism)
     return ProteinRecord(name, sequence, item.organism, kind, item.fields.get("label") or kind, item.fields)
-
-
-def _line(source: str, reason: str, drop: _Dropped) -> str:
-    noun = "record" if drop.count == 1 else "records"
-    return f"{source}: {drop.count} {noun} dropped: {reason} (first: {drop.first})"

@@ -22,8 +22,9 @@ _CHARTS_SHOWN = 8
 def write_report(folder: str | Path) -> Path:
     """Writes ``report.html`` into a run's folder.
 
-    Reads ``metrics.jsonl``, and where they exist ``config.yaml``, ``environment.json``, ``data.json`` and
-    ``privacy.json``. The page carries its own style, script and figures: it asks no other machine for anything.
+    Reads ``metrics.jsonl``, and where they exist ``config.yaml``, ``environment.json``, ``data.json``,
+    ``privacy.json`` and ``shown.json``. The page carries its own style, script and figures: it asks no other machine
+    for anything.
 
     Args:
         folder: The folder of a run, finished or not.
@@ -48,6 +49,7 @@ def _context(folder: Path) -> dict[str, Any]:
     config_text = _text(folder / "config.yaml")
     environment = _json(folder / "environment.json")
     privacy = _json(folder / "privacy.json")
+    shown = _json(folder / "shown.json")
     names = report_tables.metric_names(rounds)
     columns = report_tables.figure_columns(rounds, names)
     charts = [(metric_name(name), report_charts.metric_chart(name, rounds)) for name in names[:_CHARTS_SHOWN]]
@@ -66,6 +68,7 @@ def _context(folder: Path) -> dict[str, Any]:
         "sizes": report_charts.size_chart(data.get("sites", [])),
         "time": report_charts.time_chart(rounds),
         "totals": report_tables.totals(rounds),
+        "shown": report_tables.shown_rows(shown),
         "privacy": privacy,
         "epsilons": _epsilons(privacy),
         "config": config_text,

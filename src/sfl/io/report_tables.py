@@ -114,9 +114,15 @@ def _site_row(name: str, entries: Sequence[SiteFinished], facts: Mapping[str, An
         "sent": size(sum(entry.nbytes for entry in fits)),
         "train": _count(facts.get("train")),
         "heldout": _count(facts.get("heldout")),
-        "residues": _count(facts.get("residues")),
+        "size": _count(facts.get("size", facts.get("residues"))),
         "top": [f"{item[0]} ({item[1]})" for item in facts.get("top", ()) if len(item) == 2],
     }
+
+
+def shown_rows(shown: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What a model said to each prompt, before and after."""
+    before = {str(prompt): str(text) for prompt, text in shown.get("before", ())}
+    return [(str(prompt), before.get(str(prompt), ""), str(text)) for prompt, text in shown.get("after", ())]
 
 
 def _count(value: object) -> str:

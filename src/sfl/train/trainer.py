@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -56,6 +57,7 @@ class Trainer(Generic[Batch]):
         weight_decay: Of matrices; biases and norms have none.
         max_grad_norm: Gradients above it are scaled down to it.
         bf16: Compute in bfloat16 where the hardware has it.
+        accumulation: Batches whose gradients make one step: that of the mean over all their predictions.
     """
 
     loss: Callable[[nn.Module, Batch], BatchLoss]
@@ -64,9 +66,10 @@ class Trainer(Generic[Batch]):
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     bf16: bool = True
+    accumulation: int = 1
 
     def fit(self, module: nn.Module, batches: Iterator[Batch], seed: int, terms: LocalTerms = NO_TERMS) -> Outcome:
-        """One optimizer step for each batch.
+        """One optimizer step for each batch, or for each ``accumulation`` of them; what is left at the end is one, too.
 
         Args:
             module: Trained in place.
@@ -86,17 +89,24 @@ class Trainer(Generic[Batch]):
         context = autocast(trainable[0].device, self.bf16)
         steps = examples = 0
         tally = Tally(trainable[0].device)
-        for batch in batches:
-            with context:
-                result = self.loss(module, batch)
-            (result.total / max(result.count, 1)).backward()
+        while group := list(islice(batches, self.accumulation)):
+            counts = 0
+            for batch in group:
+                with context:
+                    result = self.loss(module, batch)
+                alone = len(group) == 1
+                (result.total / max(result.count, 1) if alone else result.total).backward()
+                counts += result.count
+                tally.add(result)
+                examples += self.size(batch)
+            if len(group) > 1:
+                _divide_gradients(trainable, max(counts, 1))
             steering.add_gradients()
             nn.utils.clip_grad_norm_(trainable, self.max_grad_norm)
             optimizer.step()
             steering.drift(rate)
             optimizer.zero_grad(set_to_none=True)
-            tally.add(result)
-            steps, examples = steps + 1, examples + self.size(batch)
+            steps += 1
         if steps == 0:
             raise ModelError("local training must have at least one batch, got none. Give the site more data.")
         return Outcome(steps, examples, *tally.means(), travelled=steps * rate)
@@ -146,6 +156,12 @@ def adamw(trainable: Sequence[nn.Parameter], learning_rate: float, weight_decay:
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
+def _divide_gradients(trainable: Sequence[nn.Parameter], count: int) -> None:
+    for parameter in trainable:
+        if parameter.grad is not None:
+            parameter.grad.div_(count)
+
+
 class Tally:
     """Running sums, kept on the device so that no step waits for a copy to the host."""
 
@@ -167,7 +183,7 @@ class Tally:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed in hardware, and so is faster: where a processor emulates it, it is five times slower.
+    """Whether bfloat16 is computed in hardware, and so is faster: emulated, it is five times slower than float32.
 
     x86 has it as AMX or AVX-512 BF16; with plain AVX-512, oneDNN calls it supported and emulates it.
     """
@@ -175,7 +191,7 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    found: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    found: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return found.get("architecture") != "x86_64" or bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 

@@ -208,7 +208,7 @@ def end(session: Session, job: str) -> JobLine:
 def _lost(job: str) -> str:
     return (
         f"a job that is called RUNNING must run, got {job}, which its server lost when it was restarted. "
-        "Go on with its run: sfl run esm2 --resume"
+        "Go on with its run: sfl run JOB --resume"
     )
 
 

@@ -1,0 +1,1 @@
+"""Federated fine-tuning of causal language models; with adapters, they alone travel."""

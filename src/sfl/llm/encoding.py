@@ -1,0 +1,78 @@
+"""Documents as tokens: a text, a prompt with its completion, or a conversation through the tokenizer's template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sfl.errors import DataError
+from sfl.llm.documents import COMPLETION, PROMPT, TEXT, Document, Turns
+from sfl.llm.tokens import Tokens
+
+__all__ = ["encode"]
+
+
+def encode(documents: Sequence[Document], tokenizer: Any, max_length: int = 0) -> tuple[Tokens, ...]:
+    """Each document as tokens; of a prompt or a user's turn none is learnt.
+
+    A text begins with the tokenizer's first token, where it has one, and ends with its last: that it ends is learnt.
+
+    Args:
+        documents: The documents.
+        tokenizer: Of the model.
+        max_length: Tokens that are used; 0 means all.
+
+    Raises:
+        DataError: A conversation meets a tokenizer without a template for it.
+    """
+    found = [_encoded(document.turns, tokenizer) for document in documents]
+    return tuple(tokens.cut(0, max_length) if max_length else tokens for tokens in found)
+
+
+def _encoded(turns: Turns, tokenizer: Any) -> Tokens:
+    roles = [role for role, _ in turns]
+    if roles == [TEXT]:
+        return _joined(tokenizer, [(turns[0][1], True)])
+    if roles == [PROMPT, COMPLETION]:
+        return _joined(tokenizer, [(turns[0][1], False), (turns[1][1], True)])
+    return _conversation(turns, tokenizer)
+
+
+def _joined(tokenizer: Any, parts: Sequence[tuple[str, bool]]) -> Tokens:
+    ids = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    learnt = [False] * len(ids)
+    for text, is_learnt in parts:
+        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += more
+        learnt += [is_learnt] * len(more)
+    return Tokens.of([*ids, int(tokenizer.eos_token_id)], [*learnt, True])
+
+
+def _conversation(turns: Turns, tokenizer: Any) -> Tokens:
+    """The template is asked for the conversation up to each answer, with and without it: what it adds is learnt."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "conversations must come with a model whose tokenizer has a chat template, got one without. Use such a "
+            "model, or data with prompt and completion."
+        )
+    messages = [{"role": role, "content": text} for role, text in turns]
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _templated(tokenizer, messages[:place], answer=True)
+        after = _templated(tokenizer, messages[: place + 1], answer=False)
+        if before[: len(ids)] != ids or after[: len(before)] != before:
+            raise DataError(
+                "a chat template must only add to what it has said before as a conversation goes on, got one that "
+                "changes it. Use data with prompt and completion."
+            )
+        learnt += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
+        ids = after
+    return Tokens.of(ids, learnt)
+
+
+def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,185 @@
+"""Causal language modelling: what a site and the server do with a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from sfl.application.workload import Workload
+from sfl.errors import CompositionError, ConfigError
+from sfl.llm.config import LLMRunConfig
+from sfl.llm.dataset import CleaningReport, FederatedDocuments, federate_documents, figures, load_documents, load_sites
+from sfl.llm.documents import Document
+from sfl.llm.encoding import encode
+from sfl.llm.loss import lm_loss, lm_losses
+from sfl.llm.model import load_model, load_tokenizer, save_model, with_adapters
+from sfl.llm.tokens import Packed, Rows, TokenBatch, Tokens
+from sfl.privacy.config import PrivacyConfig
+from sfl.server.lora import restricted
+from sfl.train.dpsgd import ExampleLosses
+from sfl.train.module import resident
+from sfl.train.pretrained import placed
+from sfl.train.trainer import BatchLoss, Outcome, Trainer
+from sfl.types import Metrics, Parameters
+
+__all__ = ["LLMWorkload"]
+
+_PROMPTS, _PROMPT_TOKENS, _SAID = 3, 12, 40
+_FIRST_FACTORS = "*lora_A*"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMWorkload(Workload[Document, TokenBatch]):
+    """Fine-tuning of a causal language model, or of adapters to it, on documents.
+
+    Attributes:
+        config: The run's configuration.
+        model: The model that the run starts from.
+    """
+
+    name: ClassVar[str] = "llm"
+    unit: ClassVar[str] = "characters"
+    kinds: ClassVar[str] = "sources"
+    config: LLMRunConfig
+
+    def data(self) -> tuple[FederatedDocuments, CleaningReport]:
+        """All sites' documents, as the configuration shares them out; read once in each process."""
+        return _federated(self.config)
+
+    def forget(self) -> None:
+        """Read the documents anew: their files may have changed."""
+        _federated.cache_clear()
+
+    def module(self, device: str, *, seed: int = 0) -> nn.Module:
+        """The worker's one model, its base shared by all sites; ``seed`` is that of the adapters' first values."""
+        client = self.config.client
+        adapters = (client.peft, client.lora_r, client.lora_alpha, client.lora_targets, client.lora_dropout)
+        key = ("llm", self.model.location, device, client.dtype, adapters, client.prompt_tokens)
+
+        def build() -> nn.Module:
+            base = load_model(self.model, dtype="bfloat16" if client.dtype == "bfloat16" else "float32", seed=seed)
+            self._check_length(base)
+            return placed(with_adapters(base, client, seed=seed), device)
+
+        return resident(key, build)
+
+    def tokenizer(self) -> Any:
+        """The model's own, one in each process."""
+        return resident(("tokenizer", self.model.location), lambda: load_tokenizer(self.model))
+
+    def _check_length(self, base: nn.Module) -> None:
+        client = self.config.client
+        known = getattr(cast("Any", base).config, "max_position_embeddings", None)
+        virtual = client.prompt_tokens if client.peft in ("prompt", "p-tuning") else 0
+        if known is not None and client.block_size + virtual > known:
+            raise ConfigError(
+                f"block_size must be at most the model's {known} positions"
+                f"{f' less {virtual} virtual tokens' if virtual else ''}, got {client.block_size}."
+            )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether documents share rows: not where a row must be of one, and not before virtual tokens."""
+        return not self.config.privacy.dpsgd and self.config.client.peft in ("lora", "none")
+
+    def examples(self, records: Sequence[Document]) -> Packed | Rows:
+        """Documents as tokens in rows."""
+        client = self.config.client
+        documents = _encoded(self, tuple(records))
+        kind = Packed if self.is_packed else Rows
+        return kind(documents, client.batch_size, client.block_size, int(self.tokenizer().eos_token_id))
+
+    def loss(self, module: nn.Module, batch: TokenBatch) -> BatchLoss:
+        """Summed cross-entropy over the tokens that are to be foretold."""
+        return lm_loss(module, batch)
+
+    def losses(self, module: nn.Module, batch: TokenBatch) -> ExampleLosses:
+        """Each document's mean cross-entropy over its own tokens."""
+        return lm_losses(module, batch)
+
+    def figures(self, outcome: Outcome) -> Metrics:
+        """Loss and token accuracy."""
+        return {"loss": outcome.loss, "token_accuracy": outcome.accuracy}
+
+    def described(self, records: Sequence[Document]) -> dict[str, Any]:
+        """Characters, and whose they are most often."""
+        return figures(records)
+
+    def trainer(self) -> Trainer[TokenBatch]:
+        """The trainer of a site."""
+        client = self.config.client
+        return replace(super().trainer(), bf16=client.dtype != "float32", accumulation=client.gradient_accumulation)
+
+    @property
+    def privacy(self) -> PrivacyConfig:
+        """The protections; where A is frozen it is neither trained nor sent."""
+        privacy = self.config.privacy
+        if self.config.client.lora_aggregation != "freeze-a":
+            return privacy
+        if privacy.exclude_layers:
+            raise CompositionError("exclude_layers must be empty with lora_aggregation=freeze-a. Use --freeze-layers.")
+        frozen = ",".join(filter(None, (privacy.freeze_layers, _FIRST_FACTORS)))
+        return replace(privacy, freeze_layers=frozen)
+
+    def received(self, parameters: Parameters, client_id: int) -> Parameters:
+        """Of the adapters, what a site of this rank has."""
+        client = self.config.client
+        if not client.lora_ranks:
+            return parameters
+        return restricted(parameters, client.ranks(self.config.federation.num_clients)[client_id])
+
+    def save(self, module: nn.Module, folder: Path) -> None:
+        """The final model, or its adapters, as ``peft`` and ``transformers`` load them."""
+        save_model(module, self.tokenizer(), folder)
+
+    @property
+    def shows(self) -> bool:
+        """What a language model says is worth seeing."""
+        return True
+
+    def shown(self, module: nn.Module) -> list[tuple[str, str]]:
+        """What the model says, taking the likeliest token each time, to the first words of texts that no site has."""
+        tokenizer = self.tokenizer()
+        said: list[tuple[str, str]] = []
+        for tokens in _encoded(self, tuple(self.data()[0].held_out[:_PROMPTS])):
+            prompt = tokens.ids[: max(1, min(_PROMPT_TOKENS, len(tokens) - 1))]
+            whole = _continued(module, prompt.tolist(), int(tokenizer.eos_token_id))
+            texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, whole[len(prompt) :])]
+            said.append((texts[0], texts[1]))
+        return said
+
+
+@torch.inference_mode()
+def _continued(module: nn.Module, prompt: list[int], end: int) -> list[int]:
+    module.eval()
+    model = cast("Any", module)
+    ids = torch.tensor([prompt], device=next(module.parameters()).device)
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_SAID,
+        do_sample=False,
+        pad_token_id=end,
+        eos_token_id=end,
+    )
+    return [int(token) for token in made[0]]
+
+
+@lru_cache(maxsize=1)
+def _federated(config: LLMRunConfig) -> tuple[FederatedDocuments, CleaningReport]:
+    federation, data = config.federation, config.client.data
+    records, report = load_sites(data) if federation.partition == "files" else load_documents(data)
+    shared = federate_documents(
+        records, partition=federation.partition, num_clients=federation.num_clients, seed=federation.seed
+    )
+    return shared, report
+
+
+def _encoded(workload: LLMWorkload, records: tuple[Document, ...]) -> tuple[Tokens, ...]:
+    return encode(records, workload.tokenizer(), workload.config.client.max_length)
