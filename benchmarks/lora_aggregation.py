@@ -1,9 +1,9 @@
 """What becomes of LoRA's factors on the server: averaged, their products averaged exactly, or A frozen.
 
 ``python benchmarks/lora_aggregation.py [rates] [ways] [ranks] [splits] [cost]``: each writes its own part of
-``results/lora_aggregation.json``, from which the tables are written. A small GPT-2 of characters, trained for a minute on
-the plays of ``data/speeches``, is fine-tuned by four sites on four other plays. ``TASKS`` says how a task makes a recipe:
-that is all that another model has to bring.
+``results/lora_aggregation.json``, from which the tables are written (``tables`` writes them anew). A small GPT-2 of
+characters, trained for a minute on the plays of ``data/speeches``, is fine-tuned by four sites on four other plays.
+``TASKS`` says how a task makes a recipe: that is all that another model has to bring.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sfl.client.base import BaseFederatedClient
-from sfl.core import arrays, rng
+from sfl.core import rng
 from sfl.core.aggregator import Aggregator, Needs
 from sfl.core.lora import frames, pairs, restored, restricted
 from sfl.core.task import FIT, Task, Update
@@ -344,75 +344,87 @@ def percent(row: dict[str, Any], name: str) -> str:
 
 
 def report(found: dict[str, Any]) -> str:
-    parts = [
-        "# LoRA's aggregation, measured\n",
-        f"A GPT-2 of characters (2 layers, 64 wide, {BASE_STEPS} steps on other plays), LoRA of rank {RANK} on all linear layers, "
-        f"{SITES} sites, {STEPS} steps of {BATCH} × {LENGTH} characters per site in all, AdamW. Held-out loss in nats per character after the "
-        f"last round, mean and standard deviation of {len(SEEDS)} seeds. `python benchmarks/lora_aggregation.py`\n",
-    ]
-    if "rates" in found:
-        parts.append(
-            "Learning rates, by the loss on one more seed, sites by play, 16 local steps; the best is used below:\n"
-        )
-        rows = [[k, *(f"{loss:.4f}" for loss in by_rate.values())] for k, by_rate in found["rates"].items()]
-        parts.append(table(["", *found["rates"]["mean"]], rows))
-    if "ways" in found:
-        parts.append(
-            f"Before: {found['ways']['before']:.4f}. Mean error and truncation are the figures of a round of `exact`, averaged:\n"
-        )
-        rows = found["ways"]["rows"]
-        cells = {(r["sites"], r["steps"], r["kind"]): r for r in rows}
-        settings = dict.fromkeys((r["sites"], r["steps"]) for r in rows)
-        parts.append(
-            table(
-                ["sites", "local steps", *KINDS, "`lora_mean_error`", "`lora_truncation`"],
-                [
-                    [
-                        *s,
-                        *(loss_of(cells[(*s, k)]) for k in KINDS),
-                        *(percent(cells[(*s, "exact")], n) for n in (MEAN_ERROR, TRUNCATION)),
-                    ]
-                    for s in settings
-                ],
-            )
-        )
-        sizes = {k: cells[(*next(iter(settings)), k)]["bytes"] / 1e3 for k in KINDS}
-        parts.append("A site's update: " + ", ".join(f"{k} {size:.0f} kB" for k, size in sizes.items()) + ".\n")
-    if "ranks" in found:
-        parts.append(
-            "Sites of different ranks (by play, 16 local steps); what a site does not have comes back as zero or as it was:\n"
-        )
-        rows = [
-            [r["kind"], f"{r['ranks'][0]} and {r['ranks'][-1]}" if len(set(r["ranks"])) > 1 else f"all {r['ranks'][0]}",
-             "—" if len(set(r["ranks"])) == 1 else "as it was" if r["back"] else "zero", loss_of(r), percent(r, TRUNCATION)]
-            for r in found["ranks"]
-        ]  # fmt: skip
-        parts.append(table(["aggregation", "ranks", "beyond", "loss", "`lora_truncation`"], rows))
-    if "splits" in found:
-        parts.append("How the exact rule shares singular values out (by play):\n")
-        names = {"": "frame keeps its norm", "unit": "frame of unit rows", "balanced": "square roots to each"}
-        by = {(r["split"], r["steps"], r["rate"]): loss_of(r) for r in found["splits"]}
-        steps, used = sorted({k[1] for k in by}), sorted({k[2] for k in by})
-        head = ["", *(f"{s} steps, rate {rate:g}" for s in steps for rate in used)]
-        parts.append(table(head, [[names[n], *(by[n, s, rate] for s in steps for rate in used)] for n in names]))
-    if "cost" in found:
-        parts.append("CPU-seconds of the server for one pair (out = in), against the SVD of the formed product:\n")
-        rows = [
-            [r["sites"], r["rank"], r["width"], f"{r['seconds']:.3f}", f"{r['dense']:.2f}" if r["dense"] else "—"]
-            for r in found["cost"]
-        ]
-        parts.append(table(["sites", "rank", "width", "exact", "formed"], rows))
+    parts = ["# LoRA's aggregation, measured\n", INTRODUCTION]
+    for name, write in TABLES.items():
+        if name in found:
+            parts += write(found[name])
     return "\n".join(parts)
 
 
+INTRODUCTION = (
+    f"A GPT-2 of characters (2 layers, 64 wide, {BASE_STEPS} steps on other plays), LoRA of rank {RANK} on all linear "
+    f"layers, {SITES} sites, {STEPS} steps of {BATCH} × {LENGTH} characters per site in all, AdamW. Held-out loss in "
+    f"nats per character after the last round, mean and standard deviation of {len(SEEDS)} seeds. "
+    "`python benchmarks/lora_aggregation.py`\n"
+)
+
+
+def rates_table(found: Any) -> list[str]:
+    said = "Learning rates, by the loss on one more seed, sites by play, 16 local steps; the best is used below:\n"
+    rows = [[kind, *(f"{loss:.4f}" for loss in by_rate.values())] for kind, by_rate in found.items()]
+    return [said, table(["", *found["mean"]], rows)]
+
+
+def ways_table(found: Any) -> list[str]:
+    cells = {(r["sites"], r["steps"], r["kind"]): r for r in found["rows"]}
+    settings = dict.fromkeys((r["sites"], r["steps"]) for r in found["rows"])
+    rows: list[list[Any]] = []
+    for setting in settings:
+        figures = [percent(cells[(*setting, "exact")], name) for name in (MEAN_ERROR, TRUNCATION)]
+        rows.append([*setting, *(loss_of(cells[(*setting, kind)]) for kind in KINDS), *figures])
+    sizes = {k: cells[(*next(iter(settings)), k)]["bytes"] / 1e3 for k in KINDS}
+    return [
+        f"Before: {found['before']:.4f}. The figures on the right are those of the rounds of `exact`, averaged:\n",
+        table(["sites", "local steps", *KINDS, f"`{MEAN_ERROR}`", f"`{TRUNCATION}`"], rows),
+        "A site's update: " + ", ".join(f"{k} {size:.0f} kB" for k, size in sizes.items()) + ".\n",
+    ]
+
+
+def ranks_table(found: Any) -> list[str]:
+    rows: list[list[str]] = []
+    for r in found:
+        uneven = len(set(r["ranks"])) > 1
+        named = f"{r['ranks'][0]} and {r['ranks'][-1]}, half each" if uneven else f"all {r['ranks'][0]}"
+        beyond = ("as it was" if r["back"] else "zero") if uneven else "—"
+        rows.append([r["kind"], named, beyond, loss_of(r), percent(r, TRUNCATION)])
+    said = (
+        "Sites of other ranks (by play, 16 local steps); what a site does not have comes back as zero or as it was:\n"
+    )
+    return [said, table(["aggregation", "ranks", "beyond", "loss", f"`{TRUNCATION}`"], rows)]
+
+
+def splits_table(found: Any) -> list[str]:
+    names = {"": "frame keeps its norm", "unit": "frame of unit rows", "balanced": "square roots to each"}
+    by = {(r["split"], r["steps"], r["rate"]): loss_of(r) for r in found}
+    columns = sorted({key[1:] for key in by})
+    head = ["", *(f"{steps} steps, rate {rate:g}" for steps, rate in columns)]
+    rows = [[said, *(by[(name, *column)] for column in columns)] for name, said in names.items()]
+    return ["How the exact rule shares singular values out (by play):\n", table(head, rows)]
+
+
+def cost_table(found: Any) -> list[str]:
+    rows = [
+        [r["sites"], r["rank"], r["width"], f"{r['seconds']:.3f}", f"{r['dense']:.2f}" if r["dense"] else "—"]
+        for r in found
+    ]
+    said = "CPU-seconds of the server for one pair (out = in), against the SVD of the formed product:\n"
+    return [said, table(["sites", "rank", "width", "exact", "formed"], rows)]
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "rates": rates_table,
+    "ways": ways_table,
+    "ranks": ranks_table,
+    "splits": splits_table,
+    "cost": cost_table,
+}
 PARTS: dict[str, Callable[[], Any]] = {"rates": rates, "ways": ways, "ranks": ranks, "splits": splits, "cost": cost}
 
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     for name in names or list(PARTS):
-        made = PARTS[name]()
-        found = stored() | {name: made}
+        found = stored() if name == "tables" else stored() | {name: PARTS[name]()}
         (RESULTS / "lora_aggregation.json").write_text(json.dumps(found, indent=1) + "\n")
         (RESULTS / "lora_aggregation.md").write_text(report(found))
 
