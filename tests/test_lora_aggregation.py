@@ -165,8 +165,8 @@ def test_directions_without_use_can_still_be_trained(rank: int, first: str) -> N
     sent = model(rank, begun=False)
     if first == "zero":
         sent[A][...] = 0.0
-    one = Update("site-1", {A: np.zeros_like(sent[A]), B: np.zeros_like(sent[B]), HEAD: np.zeros((2, 5))}, 1.0)
-    one.delta[A][0, 0], one.delta[B][2, 0] = 1.0, 2.0  # a product of rank 1
+    one = moved(sent, 1)[0]
+    one.delta[B][...] = one.delta[B][:, :1] * np.arange(1.0, rank + 1)  # a product of rank 1, but for rounding
     after, figures = round_of(sent, [one, replace(one, site="site-2")])
     np.testing.assert_allclose(product(after), product(own(sent, one)), atol=1e-12)
     assert np.count_nonzero(np.linalg.norm(after[B], axis=0)) == 1
