@@ -102,6 +102,9 @@ def test_it_is_the_best_approximation_of_the_mean_of_the_products(
     assert figures[TRUNCATION] == pytest.approx(np.linalg.norm(wanted - best) / np.linalg.norm(wanted), abs=1e-7)
     biased = product(plain_mean(sent, updates))
     assert figures[MEAN_ERROR] == pytest.approx(np.linalg.norm(biased - wanted) / np.linalg.norm(wanted), abs=1e-7)
+    assert figures[TRUNCATION] <= figures[MEAN_ERROR] + 1e-7, (
+        "no product of rank r is nearer, plain averaging's neither"
+    )
     np.testing.assert_allclose(after[HEAD], plain_mean(sent, updates)[HEAD])
 
 
@@ -114,6 +117,18 @@ def test_averaging_the_factors_is_biased_by_the_cross_terms() -> None:
     _, figures = round_of(sent, [one, two])
     assert figures[TRUNCATION] == pytest.approx(0.5**0.5)  # of two equal singular values rank 1 keeps one
     assert figures[MEAN_ERROR] == pytest.approx(0.5 / 0.5**0.5)
+    sent = model()
+    updates = moved(sent, 3)
+    cross = sum(
+        u.weight * v.weight / 36 * (u.delta[B] - v.delta[B]) @ (u.delta[A] - v.delta[A])
+        for u, v in itertools.product(updates, updates)
+    )
+    np.testing.assert_allclose(product(plain_mean(sent, updates)) - dense(sent, updates), -cross / 2, atol=1e-12)
+
+
+def test_averaging_the_factors_loses_what_sites_agree_on_in_other_factors() -> None:
+    sent = {A: np.array([[0.0, 0.0]]), B: np.array([[0.0], [0.0]])}
+    one = Update("site-1", {A: np.array([[1.0, 0.0]]), B: np.array([[1.0], [0.0]])}, 1.0)
     opposite = [one, Update("site-2", {A: -one.delta[A], B: -one.delta[B]}, 1.0)]
     np.testing.assert_array_equal(product(plain_mean(sent, opposite)), np.zeros((2, 2)))  # the same product, lost
     np.testing.assert_allclose(product(round_of(sent, opposite)[0]), [[1.0, 0.0], [0.0, 0.0]], atol=1e-15)
@@ -339,6 +354,13 @@ def test_noise_on_b_alone_reaches_the_product_in_proportion() -> None:
     np.testing.assert_allclose(off(8.0, B), 8.0 * off(1.0, B), atol=1e-12)
     both = np.linalg.norm(off(8.0, A, B)) / np.linalg.norm(off(1.0, A, B))
     assert both > 2 * 8.0  # the noises' own product grows with the square
+    source, sigma, squares = np.random.default_rng(6), 0.7, list[tuple[float, float]]()
+    for _ in range(3000):
+        noise = {name: sigma * source.normal(size=sent[name].shape) for name in (A, B)}
+        squares.append((np.square(off(1.0, B)).sum(), np.square(off(1.0, A, B)).sum()))
+    one, other = OUT * np.square(sent[A]).sum(), IN * np.square(sent[B]).sum()
+    expected = sigma**2 * one, sigma**2 * (one + other) + sigma**4 * OUT * IN * 3
+    np.testing.assert_allclose(np.mean(squares, axis=0), expected, rtol=0.03)
 
 
 # Composition
