@@ -6,8 +6,8 @@ the edges; that its numbers are right is shown by an oracle in the method's own 
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ from sfl.privacy.filters import (
     SparseVector,
     TopK,
 )
+from sfl.server.lora import LoraProductMean
 from sfl.server.robust import (
     NNM,
     Bucketing,
@@ -83,6 +84,7 @@ class AggregatorCase:
         mean_like: Whether the aggregate of equal updates is that update.
         sites: A cohort that is large enough for it.
         dtypes: The dtypes of deltas that it takes.
+        sent: Arrays that the model has besides; then the aggregator is told what was sent, which it must know.
     """
 
     make: Callable[[], Aggregator]
@@ -90,6 +92,15 @@ class AggregatorCase:
     mean_like: bool = True
     sites: int = 7
     dtypes: tuple[str, ...] = ("f4", "f8")
+    sent: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+
+    def aggregate(self, updates: Iterable[Update], aggregator: Aggregator | None = None) -> Update:
+        """Of a fresh one, or of ``aggregator``."""
+        aggregator = self.make() if aggregator is None else aggregator
+        if not self.sent:
+            return aggregator.aggregate(updates)
+        sent = parameters("f4", 99, more=self.sent)
+        return aggregator.step(updates, Task(FIT, 1, arrays.read_only(sent)), aggregator.init(sent))[0]
 
 
 # Small transforms, so that each check has a row that needs it.
@@ -194,6 +205,17 @@ AGGREGATORS: dict[str, AggregatorCase] = {
     "nnm": AggregatorCase(make=lambda: PreAggregated(Krum(2), NNM(2)), not_finite="raises"),
     "bucketing": AggregatorCase(make=lambda: PreAggregated(CoordinateMedian(), Bucketing(2)), not_finite="raises"),
     "norm bound": AggregatorCase(make=lambda: NormBound(WeightedMean(), 100.0), not_finite="absorbs"),
+    "lora product mean": AggregatorCase(
+        make=LoraProductMean,
+        not_finite="raises",
+        mean_like=False,
+        sent={
+            "wte.lora_embedding_A": (2, 6),
+            "wte.lora_embedding_B": (5, 2),
+            "q.lora_A.w": (3, 5),
+            "q.lora_B.w": (4, 3),
+        },
+    ),
 }
 
 
@@ -208,17 +230,22 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def parameters(dtype: str, seed: int = 0, scale: float = 10.0) -> Parameters:
-    source = np.random.default_rng(seed)
-    return {name: np.asarray(scale * source.normal(size=shape)).astype(dtype) for name, shape in SHAPES.items()}
+Shapes = dict[str, tuple[int, ...]]
 
 
-def update(dtype: str = "f4", site: str = "site-1", seed: int = 0, scale: float = 10.0) -> Update:
-    return Update(site, parameters(dtype, seed, scale), 3.0 + seed, {"loss": 0.5})
+def parameters(dtype: str, seed: int = 0, scale: float = 10.0, more: Shapes | None = None) -> Parameters:
+    source, shapes = np.random.default_rng(seed), SHAPES | (more or {})
+    return {name: np.asarray(scale * source.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def update(
+    dtype: str = "f4", site: str = "site-1", seed: int = 0, scale: float = 10.0, more: Shapes | None = None
+) -> Update:
+    return Update(site, parameters(dtype, seed, scale, more), 3.0 + seed, {"loss": 0.5})
 
 
 def cohort(case: AggregatorCase, dtype: str = "f4") -> list[Update]:
-    return [update(dtype, f"site-{i + 1}", seed=i, scale=1.0) for i in range(case.sites)]
+    return [update(dtype, f"site-{i + 1}", seed=i, scale=1.0, more=case.sent) for i in range(case.sites)]
 
 
 def spoilt(value: Update, bad: float) -> Update:
@@ -354,7 +381,7 @@ def test_transform_state_can_be_checkpointed_and_resumed(case: TransformCase) ->
 @rows(AGGREGATORS, dtypes=True)
 def test_aggregate_keeps_names_shapes_and_dtypes(case: AggregatorCase, dtype: str) -> None:
     updates = cohort(case, dtype)
-    out = case.make().aggregate(updates)
+    out = case.aggregate(updates)
     check.check_structure(out.site, out.delta, updates[0].delta)
     assert list(out.delta) == list(updates[0].delta)
     assert all(array.dtype == dtype for array in out.delta.values())
@@ -366,7 +393,7 @@ def test_aggregate_keeps_names_shapes_and_dtypes(case: AggregatorCase, dtype: st
 def test_aggregation_is_pure_and_its_result_is_the_callers(case: AggregatorCase) -> None:
     updates = cohort(case)
     before = copy.deepcopy([u.delta for u in updates])
-    out = case.make().aggregate([frozen(u) for u in updates])
+    out = case.aggregate([frozen(u) for u in updates])
     for array in out.delta.values():
         array[...] = 7
     assert same([u.delta for u in updates], before)
@@ -375,14 +402,14 @@ def test_aggregation_is_pure_and_its_result_is_the_callers(case: AggregatorCase)
 @rows(AGGREGATORS)
 def test_aggregation_is_deterministic(case: AggregatorCase) -> None:
     aggregator, updates = case.make(), cohort(case)
-    first = aggregator.aggregate(updates).delta
-    assert same(first, aggregator.aggregate(updates).delta), "no state may stay behind"
-    assert same(first, case.make().aggregate(iter(updates)).delta)
+    first = case.aggregate(updates, aggregator).delta
+    assert same(first, case.aggregate(updates, aggregator).delta), "no state may stay behind"
+    assert same(first, case.aggregate(iter(updates)).delta)
 
 
 @rows(AGGREGATORS)
 def test_the_order_of_sites_changes_nothing_beyond_rounding(case: AggregatorCase) -> None:
-    forward, backward = (case.make().aggregate(cohort(case)[::step]).delta for step in (1, -1))
+    forward, backward = (case.aggregate(cohort(case)[::step]).delta for step in (1, -1))
     for name, array in forward.items():
         np.testing.assert_allclose(backward[name], array, rtol=1e-4, atol=1e-5)
 
@@ -401,7 +428,7 @@ def test_what_needs_a_sum_streams(case: AggregatorCase) -> None:
                 buffer[...] = np.nan
 
     given = lent() if aggregator.needs == "sum" else iter(updates)
-    assert same(aggregator.aggregate(given).delta, case.make().aggregate(updates).delta)
+    assert same(case.aggregate(given, aggregator).delta, case.aggregate(updates).delta)
 
 
 @rows(AGGREGATORS)
@@ -409,19 +436,19 @@ def test_aggregate_of_equal_updates_and_of_zero(case: AggregatorCase) -> None:
     one = cohort(case)[0]
     equal = [replace(one, site=f"site-{i}", weight=1.0 + i) for i in range(case.sites)]
     if case.mean_like:
-        for name, array in case.make().aggregate(equal).delta.items():
+        for name, array in case.aggregate(equal).delta.items():
             np.testing.assert_allclose(array, one.delta[name], rtol=1e-5)
     zero = [replace(u, delta=arrays.zeros_like(u.delta)) for u in equal]
-    assert arrays.l2_norm(case.make().aggregate(zero).delta) == 0.0
+    assert arrays.l2_norm(case.aggregate(zero).delta) == 0.0
 
 
 @rows(AGGREGATORS)
 def test_what_an_aggregator_remembers_can_be_checkpointed_and_resumed(case: AggregatorCase) -> None:
-    aggregator, sent = case.make(), parameters("f4", 99)
+    aggregator, sent = case.make(), parameters("f4", 99, more=case.sent)
     state = aggregator.init(sent)
     for round in range(1, 4):
         updates = [replace(u, delta=arrays.read_only(u.delta)) for u in cohort(case)]
-        updates[0] = update("f4", "site-1", seed=round, scale=1.0)
+        updates[0] = update("f4", "site-1", seed=round, scale=1.0, more=case.sent)
         task, kept = Task(FIT, round, arrays.read_only(sent)), copy.deepcopy(state)
         assert is_tree(state)
         resumed, later = case.make().step(updates, task, pickle.loads(pickle.dumps(state)))
@@ -440,7 +467,7 @@ def test_an_aggregator_travels_as_plain_values(case: AggregatorCase) -> None:
     aggregator, updates = case.make(), cohort(case)
     there = restore(describe(aggregator))
     assert type(there) is type(aggregator)
-    assert same(there.aggregate(updates).delta, aggregator.aggregate(updates).delta)
+    assert same(case.aggregate(updates, there).delta, case.aggregate(updates, aggregator).delta)
 
 
 @rows(AGGREGATORS)
@@ -450,9 +477,9 @@ def test_aggregate_of_what_is_not_finite(case: AggregatorCase, bad: float) -> No
     updates[2] = spoilt(updates[2], bad)
     if case.not_finite == "raises":
         with pytest.raises(SflError):
-            case.make().aggregate(updates)
+            case.aggregate(updates)
         return
-    out = case.make().aggregate(updates)
+    out = case.aggregate(updates)
     finite = all(arrays.is_finite(array) for array in out.delta.values())
     assert finite is (case.not_finite == "absorbs")
 
@@ -460,4 +487,4 @@ def test_aggregate_of_what_is_not_finite(case: AggregatorCase, bad: float) -> No
 @rows(AGGREGATORS)
 def test_aggregate_of_nothing_is_refused(case: AggregatorCase) -> None:
     with pytest.raises(RoundError):
-        case.make().aggregate([])
+        case.aggregate([])

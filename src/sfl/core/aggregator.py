@@ -34,6 +34,8 @@ class Aggregator(ABC):
     def aggregate(self, updates: Iterable[Update]) -> Update:
         """The aggregate: an update named ``"server"`` whose arrays belong to the caller.
 
+        Its metrics, if it has any, are among the figures of the round.
+
         Raises:
             RoundError: If there is no update.
         """

@@ -170,13 +170,14 @@ class Run:
         self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
         if not self._may_be_few(cohort):
             self.check_enough(task, mean.count)
+        figures = {} if self._hides_updates else aggregate.metrics
         if self.job.server_chain.transforms:  # a name that nobody sent is noised, too: which were sent must not show
             expected = self._sendable(task)
             whole = _zeros(expected) | aggregate.delta
             aggregate = replace(aggregate, delta={name: whole[name] for name in expected})
         else:
-            aggregate = replace(aggregate, metrics={**aggregate.metrics, NUM_UPDATES: float(mean.count)})
-        return aggregate, self.job.derive(mean.result())
+            aggregate = replace(aggregate, metrics={**figures, NUM_UPDATES: float(mean.count)})
+        return aggregate, self.job.derive({**mean.result(), **figures})
 
     def aggregate(self, updates: Iterable[Update], task: Task) -> Update:
         """The job's aggregate of updates that answer ``task``; what the aggregator remembers goes into the state."""
