@@ -38,6 +38,10 @@ VALIDATION = 20  # one speech in so many of the pretraining plays decides which 
 EOS = 0
 VOCABULARY = 2048
 IGNORED = -100
+TEMPLATE = (  # so that conversations can be tried; the model has seen none
+    "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
 
 
 def read_jsonl(path: Path) -> list[dict[str, str]]:
@@ -254,8 +258,9 @@ def card(args: argparse.Namespace) -> None:
     MODEL.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(MODEL)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=state["length"]
-    ).save_pretrained(MODEL)
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        model_max_length=state["length"], chat_template=TEMPLATE,
+    ).save_pretrained(MODEL)  # fmt: skip
     (MODEL / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
     (MODEL / "README.md").write_text(model_card(figures, len(seen), len(held), parameters))

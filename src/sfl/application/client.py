@@ -55,7 +55,8 @@ class WorkloadClient(BaseFederatedClient):
         with frozen(module, chosen_layers(self.frozen, list(parameters))):
             outcome = self._fit(module, int(config["round"]))
         self.travelled = outcome.travelled
-        return lend_parameters(module), len(self.train), self.workload.figures(outcome)
+        trained = self.workload.returned(lend_parameters(module), parameters, self.client_id)
+        return trained, len(self.train), self.workload.figures(outcome)
 
     def _fit(self, module: nn.Module, round: int) -> Outcome:
         if self.private is not None:

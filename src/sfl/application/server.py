@@ -107,7 +107,7 @@ def workload_recipe(
     client: Callable[..., BaseFederatedClient],
     *,
     device: str = "cpu",
-    aggregator: Aggregator | None = None,
+    aggregator: Callable[[Aggregator], Aggregator] | None = None,
 ) -> FedAvgRecipe:
     """Federated fine-tuning of a workload's model.
 
@@ -115,7 +115,7 @@ def workload_recipe(
         workload: What is trained.
         client: Class of the sites' clients, called with the workload's ``config`` and ``model``.
         device: Where the server evaluates.
-        aggregator: In place of what ``config.aggregation`` names.
+        aggregator: What to make of the aggregator that ``config.aggregation`` names; by default it is taken.
 
     Raises:
         CompositionError: If the options do not fit each other.
@@ -133,6 +133,7 @@ def workload_recipe(
     server = WorkloadServer(workload=workload, device=device)
     protections = build_protections(workload.privacy, config.federation)
     root = server.root_update if config.aggregation.needs_root else None
+    chosen = build_aggregator(config.aggregation, config.federation, root)
     return chosen_recipe(
         config.algorithm,
         config.federation,
@@ -140,7 +141,7 @@ def workload_recipe(
         client=client,
         client_kwargs={"config": config, "model": workload.model},
         initial_parameters=server.initial_parameters,
-        aggregator=aggregator or build_aggregator(config.aggregation, config.federation, root),
+        aggregator=chosen if aggregator is None else aggregator(chosen),
         transforms=protections.transforms,
         released=protections.released,
         mechanisms=protections.mechanisms,

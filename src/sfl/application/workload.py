@@ -94,6 +94,10 @@ class Workload(ABC, Generic[R, Batch]):
         """What a site makes of the parameters that it was sent, before it trains."""
         return parameters
 
+    def returned(self, trained: Parameters, parameters: Parameters, client_id: int) -> Parameters:  # noqa: ARG002
+        """What a site sends of what it has trained, given what it was sent."""
+        return trained
+
     def size(self, batch: Batch) -> int:
         """Number of examples in a batch."""
         return len(batch)  # pyright: ignore[reportArgumentType] - a batch without a length defines this

@@ -128,12 +128,7 @@ class LLMRunConfig(RunConfig):
         sites, named = self.federation.num_clients, self.client.ranks(self.federation.num_clients)
         if len(named) != sites:
             raise ConfigError(f"lora_ranks must be one for each of num_clients={sites} sites, got {len(named)}.")
-        if self.client.lora_ranks and self.client.lora_aggregation == "mean":
-            raise ConfigError(
-                "lora_aggregation must be exact where sites have ranks of their own, got mean, which averages what a "
-                "site does not have as zero. Use --lora-aggregation exact."
-            )
-        if self.client.lora_aggregation == "exact" and self.aggregation.aggregation is not None:
+        if self.client.lora_aggregation == "exact" and self.aggregation.aggregation != "mean":
             raise ConfigError(
                 f"lora_aggregation must be mean or freeze-a beside aggregation={self.aggregation.aggregation}, got "
                 "exact: both say how updates become one. Leave one out."

@@ -63,14 +63,20 @@ def _conversation(turns: Turns, tokenizer: Any) -> Tokens:
             continue
         before = _templated(tokenizer, messages[:place], answer=True)
         after = _templated(tokenizer, messages[: place + 1], answer=False)
-        if before[: len(ids)] != ids or after[: len(before)] != before:
+        same = _common(before, after)  # its last token may merge with the answer's first
+        if after[: len(ids)] != ids or same < len(ids):
             raise DataError(
                 "a chat template must only add to what it has said before as a conversation goes on, got one that "
                 "changes it. Use data with prompt and completion."
             )
-        learnt += [False] * (len(before) - len(ids)) + [True] * (len(after) - len(before))
+        learnt += [False] * (same - len(ids)) + [True] * (len(after) - same)
         ids = after
     return Tokens.of(ids, learnt)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool) -> list[int]:

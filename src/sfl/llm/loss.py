@@ -38,15 +38,33 @@ def lm_losses(module: nn.Module, batch: TokenBatch) -> ExampleLosses:
 def _logits(module: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Scores of the next token, shape (rows, length, vocabulary), and the targets, on the module's device.
 
-    Virtual tokens of an adapter come first and foretell nothing. Positions that begin anew within a row tell
-    ``transformers`` that documents are packed: it lets none see another.
+    Positions that begin anew within a row tell ``transformers`` that documents are packed: it lets none see another.
     """
     model = cast("Any", module)
     device = next(model.parameters()).device
+    ids, targets = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.targets).to(device)
+    real = None if batch.real is None else torch.from_numpy(batch.real).to(device)
+    if getattr(model, "prompt_encoder", None):
+        return _prompted(model, ids, real), targets
     more: dict[str, Tensor] = {}
     if batch.positions is not None:
         more["position_ids"] = torch.from_numpy(batch.positions).to(device)
-    if batch.real is not None:
-        more["attention_mask"] = torch.from_numpy(batch.real).long().to(device)
-    logits = model(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False, **more).logits
-    return logits[:, -batch.ids.shape[1] :], torch.from_numpy(batch.targets).to(device)
+    if real is not None:
+        more["attention_mask"] = real.long()
+    return model(input_ids=ids, use_cache=False, **more).logits, targets
+
+
+def _prompted(model: Any, ids: Tensor, real: Tensor | None) -> Tensor:
+    """Scores behind virtual tokens, which each row gets of its own: ``peft`` makes one for all, of which no row's
+    own gradient is known.
+    """
+    name = model.active_adapter
+    virtual = model.prompt_tokens[name].to(ids.device).expand(len(ids), -1)
+    prompts, words = model.prompt_encoder[name](virtual), model.word_embeddings(ids)
+    seen = torch.ones_like(ids) if real is None else real.long()
+    logits = model.base_model(
+        inputs_embeds=torch.cat((prompts.to(words.dtype), words), dim=1),
+        attention_mask=torch.cat((torch.ones_like(virtual), seen), dim=1),
+        use_cache=False,
+    ).logits
+    return logits[:, virtual.shape[1] :]

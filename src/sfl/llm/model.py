@@ -85,6 +85,8 @@ def load_tokenizer(source: Pretrained) -> Any:
         raise ModelError(
             f"model must come with a tokenizer that can be loaded, got {source.name!r}: {first_line(error)}"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up by transformers, where the files are missing
+        raise ModelError(f"model must come with a tokenizer that has words, got {source.name!r} with an empty one.")
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer must have a token that ends a text, got {source.name!r} without any.")
     return tokenizer

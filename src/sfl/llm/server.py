@@ -7,7 +7,7 @@ from sfl.llm.client import LLMClient
 from sfl.llm.config import LLMRunConfig
 from sfl.llm.workload import LLMWorkload
 from sfl.recipe import FedAvgRecipe
-from sfl.server.lora import LoraProductMean
+from sfl.server.lora import lora_aggregator
 from sfl.train.pretrained import Pretrained
 
 __all__ = ["llm_recipe"]
@@ -25,5 +25,9 @@ def llm_recipe(config: LLMRunConfig, model: Pretrained, *, device: str = "cpu") 
         CompositionError: If the options do not fit each other.
     """
     workload = LLMWorkload(config=config, model=model)
-    exact = LoraProductMean() if config.client.lora_aggregation == "exact" else None
-    return workload_recipe(workload, LLMClient, device=device, aggregator=exact)
+    return workload_recipe(
+        workload,
+        LLMClient,
+        device=device,
+        aggregator=lambda chosen: lora_aggregator(config.client.lora_aggregation, chosen, config.algorithm),
+    )

@@ -103,9 +103,8 @@ class _Documents(Examples[TokenBatch]):
         targets = np.full((len(parts), width), IGNORED, dtype=np.int64)
         for row, part in enumerate(parts):
             ids[row, : len(part)], targets[row, : len(part)] = part.ids, part.targets
-        lengths = np.array([len(part) for part in parts])
-        real = np.arange(width) < lengths[:, None]
-        return TokenBatch(ids, targets, None, None if real.all() else real)
+        real = np.arange(width) < np.array([[len(part)] for part in parts])
+        return TokenBatch(ids, targets, None, None if bool(real.all()) else np.asarray(real, dtype=np.bool_))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from sfl.application.workload import Workload
-from sfl.errors import CompositionError, ConfigError
+from sfl.core.lora import restored, restricted
+from sfl.errors import CompositionError, ConfigError, ModelError
 from sfl.llm.config import LLMRunConfig
 from sfl.llm.dataset import CleaningReport, FederatedDocuments, federate_documents, figures, load_documents, load_sites
 from sfl.llm.documents import Document
@@ -21,7 +22,6 @@ from sfl.llm.loss import lm_loss, lm_losses
 from sfl.llm.model import load_model, load_tokenizer, save_model, with_adapters
 from sfl.llm.tokens import Packed, Rows, TokenBatch, Tokens
 from sfl.privacy.config import PrivacyConfig
-from sfl.server.lora import restricted
 from sfl.train.dpsgd import ExampleLosses
 from sfl.train.module import resident
 from sfl.train.pretrained import placed
@@ -64,7 +64,7 @@ class LLMWorkload(Workload[Document, TokenBatch]):
 
         def build() -> nn.Module:
             base = load_model(self.model, dtype="bfloat16" if client.dtype == "bfloat16" else "float32", seed=seed)
-            self._check_length(base)
+            self._check(base)
             return placed(with_adapters(base, client, seed=seed), device)
 
         return resident(key, build)
@@ -73,8 +73,14 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         """The model's own, one in each process."""
         return resident(("tokenizer", self.model.location), lambda: load_tokenizer(self.model))
 
-    def _check_length(self, base: nn.Module) -> None:
-        client = self.config.client
+    def _check(self, base: nn.Module) -> None:
+        """Whether the model has a place and a word for all that it will be shown."""
+        client, words = self.config.client, len(self.tokenizer())
+        size = int(cast("Any", base).get_input_embeddings().weight.shape[0])
+        if words > size:
+            raise ModelError(
+                f"model must have a row for each of its tokenizer's {words} tokens, got {self.model.name!r} with {size}."
+            )
         known = getattr(cast("Any", base).config, "max_position_embeddings", None)
         virtual = client.prompt_tokens if client.peft in ("prompt", "p-tuning") else 0
         if known is not None and client.block_size + virtual > known:
@@ -129,10 +135,17 @@ class LLMWorkload(Workload[Document, TokenBatch]):
 
     def received(self, parameters: Parameters, client_id: int) -> Parameters:
         """Of the adapters, what a site of this rank has."""
+        rank = self._rank(client_id)
+        return parameters if rank is None else restricted(parameters, rank)
+
+    def returned(self, trained: Parameters, parameters: Parameters, client_id: int) -> Parameters:
+        """What a site of this rank has trained, and the rest as it was sent."""
+        rank = self._rank(client_id)
+        return trained if rank is None else restored(trained, parameters, rank)
+
+    def _rank(self, client_id: int) -> int | None:
         client = self.config.client
-        if not client.lora_ranks:
-            return parameters
-        return restricted(parameters, client.ranks(self.config.federation.num_clients)[client_id])
+        return client.ranks(self.config.federation.num_clients)[client_id] if client.lora_ranks else None
 
     def save(self, module: nn.Module, folder: Path) -> None:
         """The final model, or its adapters, as ``peft`` and ``transformers`` load them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from sfl.errors import ModelError
@@ -104,6 +105,13 @@ def _norm_bias(layer: nn.LayerNorm, x: Tensor, gradient: Tensor) -> Use:  # noqa
     return Dense(_over(layer, gradient))
 
 
+def _rms_weight(layer: Any, x: Tensor, gradient: Tensor) -> Use:
+    """Of w · x / sqrt(mean(x²) + ε) (Zhang and Sennrich, NeurIPS 2019), over the last axis."""
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + layer.variance_epsilon)
+    return Dense((normal * gradient).reshape(len(x), -1, layer.weight.numel()).sum(1).to(gradient.dtype))
+
+
 def _over(layer: nn.LayerNorm, values: Tensor) -> Tensor:
     return values.reshape(len(values), -1, *layer.normalized_shape).sum(1)
 
@@ -113,5 +121,9 @@ _RULES: dict[str, dict[str, Rule]] = {
     _name(nn.Embedding): {"weight": _embedding},
     _name(nn.LayerNorm): {"weight": _norm_weight, "bias": _norm_bias},
     "transformers.pytorch_utils.Conv1D": {"weight": _conv1d, "bias": _sum},
+    **{
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}RMSNorm": {"weight": _rms_weight}
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3")  # their forward passes are the same
+    },
     "transformers.models.esm.modeling_esm.EsmLMHead": {"bias": _sum},  # added to the decoder's output, last of all
 }

@@ -31,6 +31,7 @@ _HOME = "sfl-runs"
 RESULT = "run"
 _TAKEN = ("names", "resume", "workers", "gpus", "devices", "num_clients", "threads", "job")
 _OURS = (
+    "sfl.application.",
     "sfl.client.ditto:",
     "sfl.client.inference:",
     "sfl.client.rule:",
@@ -41,9 +42,11 @@ _OURS = (
     "sfl.core.",
     "sfl.engine.clock:",
     "sfl.esm2.",
+    "sfl.llm.",
     "sfl.privacy.",
     "sfl.recipe.",
     "sfl.server.",
+    "sfl.train.pretrained:",
     "sfl.types:",
     "builtins:dict",
 )
