@@ -72,8 +72,8 @@ def build(shape: Shape) -> tuple[Any, Callable[[Any, Any], Any], Any]:
     import transformers
 
     from sfl.core import rng
+    from sfl.esm2.loss import mlm_losses
     from sfl.esm2.masking import mask, pad
-    from sfl.esm2.private import mlm_losses
     from sfl.train.dpsgd import ExampleLosses
     from sfl.train.trainer import BatchLoss
 

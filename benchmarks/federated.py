@@ -115,10 +115,10 @@ def large_numpy(width: int = work.LARGE_WIDTH) -> Loop:
 
 def esm2(folder: Path, workers: int = 1) -> Loop:
     """``sfl run esm2`` without its folder: the recipe of the application."""
-    from sfl.esm2.client import federated_data
     from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
     from sfl.esm2.model import find_model
     from sfl.esm2.server import esm2_recipe
+    from sfl.esm2.workload import ESM2Workload
 
     files = work.ESM2Files(folder)
     config = ESM2RunConfig(
@@ -133,10 +133,11 @@ def esm2(folder: Path, workers: int = 1) -> Loop:
             eval_proteins=work.ESM2_EVAL,
         ),
     )
-    federated_data(config)
+    model = find_model(str(files.model))
+    ESM2Workload(config=config, model=model).data()
     import_module("transformers").EsmForMaskedLM  # noqa: B018 - loaded on first use; the plain loop has it before, too
     work.optimizer_is_imported()
-    recipe = esm2_recipe(config, find_model(str(files.model)), device="cpu")
+    recipe = esm2_recipe(config, model, device="cpu")
     return lambda: recipe.execute(SimEnv(device="cpu")).parameters
 
 

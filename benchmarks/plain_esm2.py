@@ -14,7 +14,8 @@ import work
 from sfl.core import rng
 from sfl.esm2.alphabet import PAD, PackedProteins
 from sfl.esm2.dataset import federate_proteins, load_proteins
-from sfl.esm2.masking import MaskedBatch, epoch, training_batches
+from sfl.esm2.masking import MaskedBatch, ProteinExamples, epoch
+from sfl.train.examples import repeated
 
 LEARNING_RATE, MAX_NORM, DECAY = 5e-4, 1.0, 0.01
 
@@ -83,9 +84,8 @@ def load_model(files: work.ESM2Files) -> EsmForMaskedLM:
 
 def batches(site: Proteins, round: int) -> Iterator[MaskedBatch]:
     generator = rng.public(work.SEED, round, "esm2-train", site.name)
-    return training_batches(
-        site.train, work.ESM2_BATCH, work.ESM2_LENGTH, epochs=None, steps=work.ESM2_STEPS, generator=generator
-    )
+    examples = ProteinExamples(site.train, work.ESM2_BATCH, work.ESM2_LENGTH)
+    return repeated(examples, epochs=None, steps=work.ESM2_STEPS, generator=generator)
 
 
 @torch.no_grad()

@@ -169,7 +169,10 @@ def train(args: argparse.Namespace) -> None:
         step, epoch, spent, tokens = state["step"], state["epoch"] + 1, state["seconds"], state["tokens"]
         best = state["best"]
     size = sum(len(d) for d in documents)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} speeches, {size} tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} speeches, {size} tokens",
+        flush=True,
+    )
     window: collections.deque[float] = collections.deque(maxlen=100)
     started = time.monotonic()
     budget = 60 * args.minutes

@@ -1,4 +1,4 @@
-"""Small causal language models of several architectures, with the bundled tokenizer. Engines' processes may import it."""
+"""Small causal language models of several architectures, with the bundled tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ VOCABULARY = 2048
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
-def save_tiny(folder: Path, architecture: str = "gpt2", *, layers: int = 2, width: int = 16, positions: int = 64) -> Path:
+def save_tiny(
+    folder: Path, architecture: str = "gpt2", *, layers: int = 2, width: int = 16, positions: int = 64
+) -> Path:
     """A model with random weights, always the same."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig

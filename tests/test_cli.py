@@ -31,7 +31,11 @@ class Application(ModuleType):
         self.calls: list[dict[str, Any]] = []
         self.outcome: int | BaseException = 0
 
-    def run_esm2(self, resolved: Resolved[ESM2RunConfig], env: Any, **kwargs: Any) -> int:
+    @property
+    def APPLICATION(self) -> Application:  # noqa: N802 - as in the module
+        return self
+
+    def run(self, resolved: Resolved[ESM2RunConfig], env: Any, **kwargs: Any) -> int:
         return self._called(resolved=resolved, **kwargs)
 
     def run_sum(self, **kwargs: Any) -> float:

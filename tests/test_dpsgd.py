@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sfl.core import rng
 from sfl.errors import ConfigError, ModelError
+from sfl.esm2.loss import mlm_losses
 from sfl.esm2.masking import MaskedBatch, mask, pad
-from sfl.esm2.private import mlm_losses
 from sfl.privacy import noise
 from sfl.privacy.accountant import PrivacyAccountant
 from sfl.privacy.dpsgd import calibrate_dpsgd, dpsgd_event, poisson_batches

@@ -21,6 +21,7 @@ from sfl.esm2.dataset import (
     check_leakage,
     encode,
     federate_proteins,
+    figures,
     genus,
     load_proteins,
     load_sites,
@@ -113,7 +114,7 @@ def test_genus(organism: str, expected: str) -> None:
 def test_the_bundled_sample_is_clean() -> None:
     records, report = load_proteins()
     assert len(records) == report.kept > 3000
-    assert report.invalid == report.duplicate == 0
+    assert set(report.dropped.values()) == {0}
     assert all(record.genus for record in records)
 
 
@@ -182,7 +183,7 @@ def test_hub_without_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(
-        DataError, match=r"hf:some/proteins:train must be reachable.*Network is unreachable.*local FASTA"
+        DataError, match=r"hf:some/proteins:train must be reachable.*Network is unreachable.*local file"
     ):
         load_proteins("hf:some/proteins:train")
 
@@ -290,8 +291,7 @@ def test_cleaning_report_lines() -> None:
 @given(st.lists(st.text(alphabet="AMKX*- \nj", max_size=5), max_size=30), st.integers(1, 4))
 def test_every_record_is_counted_once(sequences: list[str], min_length: int) -> None:
     records, report = clean([RawProtein("x", s) for s in sequences], source="s", min_length=min_length)
-    dropped = report.empty + report.invalid + report.too_short + report.duplicate
-    assert report.read == len(sequences) == report.kept + dropped
+    assert report.read == len(sequences) == report.kept + sum(report.dropped.values())
     assert len({r.sequence for r in records}) == len(records) == report.kept
     again, second = clean([RawProtein(r.id, r.sequence) for r in records], source="s", min_length=min_length)
     assert [r.sequence for r in again] == [r.sequence for r in records]
@@ -371,13 +371,13 @@ def test_federation_is_whole_and_does_not_leak(n, clients, partition, seed, frac
         assert "got" in refusal
         assert partition.startswith("key") or n <= 2 * clients
         return
-    check_leakage(data)
+    check_leakage(data, what="sequence")
     parts = [data.held_out, *(side for site in data.sites for side in (site.train, site.held_out))]
     assert sorted(r.id for part in parts for r in part) == sorted(r.id for r in proteins(n))
     assert all(site.train and site.held_out for site in data.sites)
     assert bool(data.held_out) == (fractions[1] > 0.0)
     assert data == federate_proteins(proteins(n), **options)
-    described = data.describe()
+    described = data.describe(figures)
     assert sum(s["train"]["records"] + s["held_out"]["records"] for s in described["sites"]) == n - len(data.held_out)
 
 
@@ -391,11 +391,11 @@ def test_check_leakage_can_fail(into: str) -> None:
         second = dataclasses.replace(data.sites[1], **{into: (*getattr(data.sites[1], into), stolen)})
         leaking = dataclasses.replace(data, sites=(data.sites[0], second))
     with pytest.raises(DataError, match=r"site-1 \(held out\).*must share no sequence"):
-        check_leakage(leaking)
+        check_leakage(leaking, what="sequence")
 
 
 def test_federate_really_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sfl.esm2.split.split_holdout", lambda n, *_: (range(n), range(1)))
+    monkeypatch.setattr("sfl.train.federated.split_holdout", lambda n, *_: (range(n), range(1)))
     with pytest.raises(DataError, match="must share no sequence"):
         federate_proteins(proteins(40), partition="iid", num_clients=2, seed=0)
 
@@ -452,7 +452,7 @@ def test_paths_are_made_absolute_one_by_one(tmp_path: Path, monkeypatch: pytest.
 def test_what_upper_case_would_turn_into_residues_is_no_residue(letter: str) -> None:
     records, report = clean([RawProtein("P1", f"MKTA{letter}M"), RawProtein("P2", "mktam")], source="s")
     assert [record.sequence for record in records] == ["MKTAM"]
-    assert report.invalid == 1
+    assert report.dropped["invalid"] == 1
 
 
 def test_a_billion_sites_are_refused_at_once() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sfl.core import rng
 from sfl.esm2.alphabet import CLS, EOS, MASK, PAD, PackedProteins, encode
-from sfl.esm2.masking import epoch, mask, pad, training_batches
+from sfl.esm2.masking import ProteinExamples, epoch, mask, pad
+from sfl.train.examples import repeated
 
 PROTEINS = st.lists(st.text("LAGVSERTIDPKQNFYMHWCX", min_size=1, max_size=40), min_size=1, max_size=12)
 
@@ -90,7 +91,7 @@ def test_crops_are_pieces_of_the_protein() -> None:
 def test_local_work_is_counted_in_epochs_or_steps(epochs: int | None, steps: int | None, expected: int) -> None:
     packed = PackedProteins.pack(["LAGV"] * 9)
     generator = rng.public(0, 1, "t")
-    batches = list(training_batches(packed, 3, 8, epochs=epochs, steps=steps, generator=generator))
+    batches = list(repeated(ProteinExamples(packed, 3, 8), epochs=epochs, steps=steps, generator=generator))
     assert len(batches) == expected
 
 

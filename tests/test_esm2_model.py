@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from sfl.errors import ModelError
-from sfl.esm2 import model as esm2_model
 from sfl.esm2.alphabet import TOKENS
-from sfl.esm2.model import BUNDLED, DEFAULT, ModelSource, bundled_folder, find_model, load_model, save_model
+from sfl.esm2.model import BUNDLED, DEFAULT, Pretrained, bundled_folder, find_model, load_model, save_model
+from sfl.train import pretrained
 from sfl.train.module import copy_parameters, exchanged, lend_parameters, load_parameters
 
 torch = pytest.importorskip("torch")
@@ -23,21 +23,21 @@ torch = pytest.importorskip("torch")
 
 def test_offline_the_bundled_model_is_found_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(esm2_model, "_is_cached", lambda name: False)
-    monkeypatch.setattr(esm2_model, "hub_refusal", lambda: pytest.fail("asked the hub although it is offline"))
+    monkeypatch.setattr(pretrained, "_is_cached", lambda name: False)
+    monkeypatch.setattr(pretrained, "hub_refusal", lambda: pytest.fail("asked the hub although it is offline"))
     source = find_model(None)
     assert source.name == BUNDLED
     assert "bundled" in source.why
 
 
 def test_the_cached_model_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esm2_model, "_is_cached", lambda name: True)
+    monkeypatch.setattr(pretrained, "_is_cached", lambda name: True)
     assert find_model(None).name == DEFAULT
 
 
 def test_the_hub_is_asked_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(esm2_model, "_is_cached", lambda name: False)
-    monkeypatch.setattr(esm2_model, "_hub_answers", lambda name: True)
+    monkeypatch.setattr(pretrained, "_is_cached", lambda name: False)
+    monkeypatch.setattr(pretrained, "_hub_answers", lambda name: True)
     assert find_model(None).location == DEFAULT
 
 
@@ -78,7 +78,7 @@ def test_the_bundled_model_is_small_enough_for_the_repository() -> None:
 
 
 def test_parameters_travel_and_come_back(tmp_path: Path) -> None:
-    source = ModelSource(BUNDLED, str(bundled_folder()), "")
+    source = Pretrained(BUNDLED, str(bundled_folder()), "")
     model = load_model(source)
     names = set(exchanged(model))
     assert "lm_head.decoder.weight" not in names  # tied to the embeddings: travels once
@@ -98,7 +98,7 @@ def test_parameters_travel_and_come_back(tmp_path: Path) -> None:
 
 
 def test_loading_refuses_other_names_and_shapes() -> None:
-    model = load_model(ModelSource(BUNDLED, str(bundled_folder()), ""))
+    model = load_model(Pretrained(BUNDLED, str(bundled_folder()), ""))
     parameters = copy_parameters(model)
     name = next(iter(parameters))
     with pytest.raises(ModelError, match="names"):
@@ -111,10 +111,10 @@ def test_the_loss_is_that_of_transformers() -> None:
     """The head on the selected residues alone gives what the library's own MLM loss gives on all."""
     from sfl.core import rng
     from sfl.esm2.alphabet import encode
-    from sfl.esm2.client import mlm_loss
+    from sfl.esm2.loss import mlm_loss
     from sfl.esm2.masking import mask, pad
 
-    model = load_model(ModelSource(BUNDLED, str(bundled_folder()), "")).eval()
+    model = load_model(Pretrained(BUNDLED, str(bundled_folder()), "")).eval()
     batch = mask(pad([encode("MKTAYIAKQRQISFVKSHFSRQ" * 3), encode("LAGVSERTIDPKQNF")]), rng.public(0, 1, "t"))
     labels = np.full(batch.ids.shape, -100)
     labels[batch.selected] = batch.targets

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llm_models import save_tiny
 from torch import nn
 
+from llm_models import save_tiny
 from sfl.core.lora import pairs
 from sfl.errors import CompositionError, ConfigError, ModelError
 from sfl.llm.config import LLMClientConfig, LLMRunConfig

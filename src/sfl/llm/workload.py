@@ -79,7 +79,8 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         size = int(cast("Any", base).get_input_embeddings().weight.shape[0])
         if words > size:
             raise ModelError(
-                f"model must have a row for each of its tokenizer's {words} tokens, got {self.model.name!r} with {size}."
+                f"model must have a row for each of its tokenizer's {words} tokens, got {self.model.name!r} with "
+                f"{size}. Use the tokenizer that it was trained with."
             )
         known = getattr(cast("Any", base).config, "max_position_embeddings", None)
         virtual = client.prompt_tokens if client.peft in ("prompt", "p-tuning") else 0
