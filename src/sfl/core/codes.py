@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from sfl.core.arrays import BLOCK, is_finite
+from sfl.core.arrays import BLOCK
 from sfl.errors import UpdateError
 from sfl.types import Array
 
@@ -85,6 +85,7 @@ def encode(flat: Array, form: str, *, bounded: bool = False) -> tuple[Array, Arr
     for start in range(0, flat.size, BLOCK):
         piece = _single(flat[start : start + BLOCK])
         if scales is None:
+            _refuse_not_finite(np.abs(piece).max())
             codes[start : start + BLOCK] = _HALVES[form](piece, bounded)
             continue
         rows = _rows(piece, width)
@@ -109,17 +110,20 @@ def decode(codes: Array, scales: Array | None, out: Array) -> None:
     for start in range(0, out.size, BLOCK):
         target = out[start : start + BLOCK]
         if scales is None:
-            target[:] = _wide(codes[start : start + BLOCK])
+            _put(_wide(codes[start : start + BLOCK]), target)
         elif codes.dtype == np.int8:
             _scaled(codes[start : start + BLOCK], scales[start // 256 :], target)
         else:
             _scaled(_levels(codes[start // 2 : (start + BLOCK) // 2], target.size), scales[start // 64 :], target)
 
 
+def _refuse_not_finite(largest: np.floating[Any]) -> None:
+    if not math.isfinite(float(largest)):
+        raise UpdateError("what is quantised must be finite, got NaN or inf.")
+
+
 def _single(piece: Array) -> Array:
     """In float32, never larger than it was: what is wider is rounded toward zero."""
-    if not is_finite(piece):
-        raise UpdateError("what is quantised must be finite, got NaN or inf.")
     with np.errstate(over="ignore"):
         single = np.ascontiguousarray(piece, dtype=np.float32)
     if piece.dtype.itemsize > 4:
@@ -132,15 +136,18 @@ def _bfloat16(piece: Array, bounded: bool) -> Array:
     if not bounded:
         bits = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))  # to nearest, of two the even one
     codes = (bits >> np.uint32(16)).astype(np.uint16)
-    codes[(codes & 0x7FFF) == 0x7F80] -= np.uint16(1)
+    codes -= (codes & np.uint16(0x7FFF)) == np.uint16(0x7F80)
     return codes
 
 
 def _float16(piece: Array, bounded: bool) -> Array:
     with np.errstate(over="ignore", under="ignore"):
         codes = piece.astype(np.float16)
-    past = np.abs(codes).astype(np.float32) > np.abs(piece) if bounded else np.isinf(codes)
-    codes.view(np.uint16)[past] -= np.uint16(1)
+    bits = codes.view(np.uint16)
+    if bounded:
+        bits -= np.abs(codes.astype(np.float32)) > np.abs(piece)
+    else:
+        bits -= (bits & np.uint16(0x7FFF)) == np.uint16(0x7C00)
     return codes
 
 
@@ -155,11 +162,8 @@ def _rows(piece: Array, width: int) -> Array:
 
 
 def _scales(rows: Array, form: str) -> Array:
-    sizes = np.abs(rows)
-    while sizes.shape[1] > 1:  # halves against each other: numpy takes ten times as long over short rows
-        half = sizes.shape[1] // 2
-        sizes = np.maximum(sizes[:, :half], sizes[:, half:])
-    largest = sizes[:, 0]
+    largest = np.maximum.reduceat(np.abs(rows.reshape(-1)), np.arange(0, rows.size, rows.shape[1]))
+    _refuse_not_finite(largest.max())
     scales = np.minimum(largest / np.float32(127), _MOST) if form == "int8" else largest
     scales[largest < _LEAST] = 0.0
     return scales
@@ -192,13 +196,13 @@ def _shrinking(rows: Array, found: Array, scales: Array) -> np.float32:
     decoded = np.empty(rows.size, np.float32)
     decode(found, scales, decoded)
     wide = [part.reshape(-1).astype(np.float64) for part in (rows, decoded)]
-    before, after = (math.sqrt(float(np.dot(part, part))) for part in wide)
+    before, after = (math.sqrt(float(np.square(part, out=part).sum())) for part in wide)
     return np.float32(1.0 if after <= before * _MARGIN else before / after * _MARGIN)
 
 
 def _wide(codes: Array) -> Array:
     if codes.dtype == np.float16:
-        return codes
+        return codes.astype(np.float32)
     return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -216,4 +220,9 @@ def _scaled(parts: Array, scales: Array, target: Array) -> None:
         rows = parts[place].reshape(-1, rest)
         first = place.start // width
         product = np.multiply(rows, scales[first : first + len(rows), None], dtype=np.float32)
-        target[place] = product.reshape(-1)
+        _put(product.reshape(-1), target[place])
+
+
+def _put(values: Array, target: Array) -> None:
+    """In the target's dtype, never larger than they are: what a clip has bounded stays within it in half precision."""
+    target[:] = values if target.dtype.itemsize >= 4 else _float16(np.asarray(values, np.float32), bounded=True)

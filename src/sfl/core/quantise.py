@@ -136,14 +136,14 @@ def remembering(
             travels[name] = received[name] = value
             left.pop(name, None)
             continue
-        before = left.get(name)
-        now = np.where(value != 0, before, np.zeros((), value.dtype)) if thin and before is not None else before
-        whole = value if now is None else value + now
+        before = left.get(name, np.zeros((), value.dtype))
+        now = np.where(value != 0, before, np.zeros((), value.dtype)) if thin else before
+        whole = np.asarray(value + now)
         part = packed({name: whole}, form, thin=thin, smallest=smallest)
         travels |= part
         received |= unpacked(part, {name: whole})
         left[name] = whole - received[name]
-        if before is not now:
+        if thin:
             left[name] += before - now
     return travels, received, left
 

@@ -24,8 +24,8 @@ class Quantise(Transform):
     """An update as codes (``core.quantise``), to the nearest; its last transform, as nothing after it can read them.
 
     With feedback, memory m is what rounding left out before: p = δ + m, Q(p) leaves, m becomes p − Q(p) (Seide et al.,
-    INTERSPEECH 2014; Stich, Cordonnier and Jaggi, NeurIPS 2018, Algorithm 1). Where δ is zero nothing leaves and m waits,
-    so that what a filter left out stays out. The sum of all that left, and of the memory, is the sum of all updates.
+    INTERSPEECH 2014; Stich, Cordonnier and Jaggi, NeurIPS 2018, Algorithm 1). Where δ is zero nothing leaves and m
+    waits, so that what a filter left out stays out. The sum of all that left, and of the memory, is the sum of all updates.
 
     Attributes:
         form: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"nf4"``.
@@ -81,8 +81,8 @@ class QuantiseBounded(Stateless):
     """An update as codes whose norm is at most the update's: what may follow a clip.
 
     bfloat16 and float16 are rounded toward zero. int8 and nf4 are rounded to the nearest, and the scales of a piece of
-    65,536 numbers are lowered where its norm would have risen: toward zero, nf4 would lose a third of the norm. There is
-    no memory, which would carry one round's data past the next round's clip.
+    65,536 numbers are lowered where its norm would have risen, which costs less than rounding toward zero. There is no
+    memory, which would carry one round's data past the next round's clip.
 
     Attributes:
         form: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"nf4"``.
@@ -96,7 +96,8 @@ class QuantiseBounded(Stateless):
     | past the largest number of the form | that largest |
     | whole numbers, statistics of BatchNorm, few elements | as they are |
 
-    Formal guarantees: each array's L2 norm is at most what it was, in float arithmetic too: what is clipped stays clipped.
+    Formal guarantees: each array's L2 norm is at most what it was, in float arithmetic too, so what is clipped
+    stays clipped.
     """
 
     raises_norm: ClassVar[bool] = False
