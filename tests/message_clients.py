@@ -22,7 +22,7 @@ def model() -> Parameters:
     """Weights, and of all else that travels one."""
     return {
         "w": np.zeros(SHAPE, np.float32),
-        "bias": np.zeros(7, np.float32),
+        "bias": np.full(7, 0.5, np.float32),
         "norm.running_var": np.ones(80, np.float32),
         "wide": np.full(100, 0.3),
         "half": np.full(90, 0.1, np.float16),

@@ -280,7 +280,8 @@ def test_what_left_and_what_is_remembered_is_all_there_was(form: str, thin: bool
         before = value.copy()
         packed, received, after = quantise.remembering({"w": value, "n": np.arange(3)}, left, form, thin=thin)
         np.testing.assert_array_equal(value, before)
-        np.testing.assert_array_equal(received["w"], quantise.unpacked(packed, {"w": value})["w"])
+        like = {"w": value, "n": np.arange(3)}
+        np.testing.assert_array_equal(received["w"], quantise.unpacked(packed, like)["w"])
         assert list(after) == ["w"]
         if thin:
             assert np.all(received["w"][value == 0] == 0)
@@ -331,7 +332,7 @@ def with_form(*said: int) -> dict[str, np.ndarray]:
         {name: value for name, value in GOOD.items() if name != "w" + FORM},
         {name: value for name, value in GOOD.items() if name != "w"},
         with_form(4, 10, 20),
-        with_form(8, 20, 10),
+        with_form(4, 200),
         with_form(),
         GOOD | {"w" + FORM: np.array([4, 20, 10], np.int32)},
         GOOD | {"w" + FORM: np.array([[4, 20, 10]], np.int64)},
@@ -348,6 +349,18 @@ def with_form(*said: int) -> dict[str, np.ndarray]:
 def test_what_does_not_fit_is_refused(arrived: dict[str, np.ndarray]) -> None:
     with pytest.raises(UpdateError):
         quantise.unpacked(arrived, LIKE)
+
+
+def test_zeros_of_what_is_not_coded_are_left_out_too() -> None:
+    value = {"count": np.where(np.arange(500) % 50 == 0, 7, 0), "w": numbers(100)}
+    for packed in (
+        quantise.packed(value, "int8", thin=True),
+        quantise.remembering(value, None, "int8", thin=True)[0],
+    ):
+        assert "count" + WHERE in packed
+        np.testing.assert_array_equal(quantise.unpacked(packed, value)["count"], value["count"])
+        with pytest.raises(UpdateError, match="must come with codes"):
+            quantise.unpacked(packed)
 
 
 def test_codes_of_an_array_of_whole_numbers_are_refused() -> None:

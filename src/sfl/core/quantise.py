@@ -47,7 +47,7 @@ def packed(
     """The same arrays, those of floats as codes.
 
     Whole numbers, statistics of BatchNorm (a variance may not become negative), arrays of fewer elements than
-    ``smallest`` and floats that are no wider than the codes stay as they are. Names and their order stay.
+    ``smallest`` and floats that are no wider than the codes are not coded. Names and their order stay.
 
     Args:
         parameters: Named arrays of any shape.
@@ -62,7 +62,7 @@ def packed(
     out: Parameters = {}
     for name, value in parameters.items():
         if not _is_coded(name, value, form, smallest):
-            out[name] = value
+            out |= sparse.packed({name: value}) if thin else {name: value}
             continue
         rest: Array = value.reshape(-1)
         where: Array | None = None
@@ -89,17 +89,19 @@ def unpacked(arrays: Mapping[str, Array], like: Mapping[str, Array] | None = Non
     Raises:
         UpdateError: If codes, scales and positions do not fit each other, or the array that is expected.
     """
-    out: Parameters = {}
-    for name, value in arrays.items():
-        if name.endswith((*_SIDES, WHERE)):
-            continue
-        form = arrays.get(name + FORM)
-        out[name] = value if form is None else _whole(name, arrays, _expected(name, form, value, like))
-    stray = [n for n in arrays if n.endswith((*_SIDES, WHERE)) and n.rpartition("\x1f")[0] + FORM not in arrays]
-    lone = [n for n in arrays if n.endswith(FORM) and n.removesuffix(FORM) not in out]
-    if stray or lone:
-        raise UpdateError(f"scales, shapes and positions must come with codes, got none for {(stray + lone)[0]!r}.")
-    return out
+    names = [name for name in arrays if not name.endswith((*_SIDES, WHERE))]
+    coded = {name for name in names if name + FORM in arrays}
+    sides = {name + side for name in coded for side in (*_SIDES, WHERE)}
+    bare = {name: value for name, value in arrays.items() if name not in coded | sides}
+    if stray := [name for name in bare if name.endswith((*_SIDES, *([] if like is not None else [WHERE])))]:
+        raise UpdateError(f"scales, shapes and positions must come with codes, got none for {stray[0]!r}.")
+    rest = bare if like is None else sparse.unpacked(bare, like)
+    return {
+        name: _whole(name, arrays, _expected(name, arrays[name + FORM], arrays[name], like))
+        if name in coded
+        else rest[name]
+        for name in names
+    }
 
 
 def remembering(
@@ -133,7 +135,8 @@ def remembering(
     left = dict(memory or {})
     for name, value in parameters.items():
         if not _is_coded(name, value, form, smallest):
-            travels[name] = received[name] = value
+            travels |= packed({name: value}, form, thin=thin, smallest=smallest)
+            received[name] = value
             left.pop(name, None)
             continue
         before = left.get(name, np.zeros((), value.dtype))
@@ -142,9 +145,7 @@ def remembering(
         part = packed({name: whole}, form, thin=thin, smallest=smallest)
         travels |= part
         received |= unpacked(part, {name: whole})
-        left[name] = whole - received[name]
-        if thin:
-            left[name] += before - now
+        left[name] = np.asarray(whole - received[name] + (before - now if thin else 0))
     return travels, received, left
 
 
@@ -176,8 +177,8 @@ def _expected(name: str, form: Array, codes: Array, like: Mapping[str, Array] | 
     said = form.tolist() if form.dtype == np.int64 and form.ndim == 1 and 1 <= form.size <= 65 else [0]
     if like is not None:
         known = like.get(name)
-        if known is None or known.dtype.kind != "f" or said != _form(known).tolist():
-            raise UpdateError(f"{name!r} must be an array of the model, of its shape, got {said} of codes.")
+        if known is None or known.dtype.kind != "f" or said[1:] != list(known.shape):
+            raise UpdateError(f"{name!r} must be an array of the model, of its shape, got {said[1:]} of codes.")
         return known
     if said[0] not in (2, 4, 8) or min(said[1:], default=0) < 0 or math.prod(said[1:]) > 2 * codes.size:
         raise UpdateError(f"{name!r} must have a code for each element, got {codes.size} for {said}.")

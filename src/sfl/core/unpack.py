@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from sfl.core import quantise, sparse
 from sfl.types import Array, Parameters
 
-__all__ = ["unpacked"]
+__all__ = ["is_packed", "unpacked"]
+
+
+def is_packed(arrays: object) -> bool:
+    """Whether there are codes or positions among them, whatever arrived."""
+    return quantise.is_packed(arrays) or sparse.is_packed(arrays)
 
 
 def unpacked(arrays: Parameters, like: Mapping[str, Array]) -> Parameters:

@@ -39,6 +39,7 @@ from sfl.core.task import (
     Task,
     Update,
 )
+from sfl.core.unpack import is_packed
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
@@ -291,9 +292,10 @@ class Run:
             self.sent += len(cohort) * arrays.nbytes(task.travels)
 
     def travelled(self, reply: Reply) -> int:
-        """Bytes of a reply's codes; 0 if it has come as floats."""
-        delta = {} if reply.update is None else reply.update.delta
-        return arrays.nbytes(delta) if quantise.is_packed(delta) else 0
+        """Bytes of a reply that its site has packed; 0 if it has come as floats."""
+        if reply.update is None or self.job.federation.message_dtype == quantise.FLOAT32:
+            return 0
+        return arrays.nbytes(reply.update.delta) if is_packed(reply.update.delta) else 0
 
     def _nbytes(self, update: Update | None, travelled: int) -> int:
         """Bytes of an update as it has come, or would have over a wire: whole arrays where more may not be told."""

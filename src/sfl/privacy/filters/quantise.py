@@ -25,7 +25,7 @@ class Quantise(Transform):
 
     With feedback, memory m is what rounding left out before: p = δ + m, Q(p) leaves, m becomes p − Q(p) (Seide et al.,
     INTERSPEECH 2014; Stich, Cordonnier and Jaggi, NeurIPS 2018, Algorithm 1). Where δ is zero nothing leaves and m
-    waits, so that what a filter left out stays out. The sum of all that left, and of the memory, is the sum of all updates.
+    waits, so that what a filter left out stays out. All that left, and the memory, add up to all updates.
 
     Attributes:
         form: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"nf4"``.
