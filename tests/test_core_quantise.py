@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from sfl.core import arrays, quantise, sparse
 from sfl.core.codes import BLOCKS, CODED, LEVELS, code_nbytes, decode, encode
 from sfl.core.quantise import FORM, SCALE, WHERE
-from sfl.core.unpack import unpacked
+from sfl.core.task import FIT, Task
+from sfl.core.unpack import is_packed, unpacked
 from sfl.errors import UpdateError
 
 FORMS = list(CODED)
@@ -385,4 +387,11 @@ def test_what_comes_in_any_way_is_unpacked() -> None:
     value = {"w": np.where(np.arange(200) % 20 == 0, 1, 0).astype(np.float32).reshape(20, 10)}
     for arrived in (value, sparse.packed(value), quantise.packed(value, "int8", thin=True)):
         np.testing.assert_allclose(unpacked(arrived, LIKE)["w"], value["w"])
+        assert is_packed(arrived) is (arrived is not value)
     assert unpacked(value, LIKE) is value
+
+
+def test_a_task_travels_as_its_codes() -> None:
+    task = Task(FIT, 1, LIKE)
+    assert task.travels is LIKE
+    assert replace(task, packed=GOOD).travels is GOOD
