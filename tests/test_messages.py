@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
+from safetensors.torch import load_file
 
 import message_clients as clients
+from sfl import esm2
+from sfl.audit import RecipePipeline
 from sfl.client.site import SiteProgram
 from sfl.core import arrays, quantise, rng
 from sfl.core.codes import CODED
@@ -233,6 +236,20 @@ def test_simulated_time_counts_the_codes() -> None:
     assert times["float32"] - times["int8"] == pytest.approx(2 * 2 * saved / 1e3)
 
 
+@pytest.mark.parametrize(("form", "share"), [("bfloat16", 0.50), ("float16", 0.50), ("int8", 0.25), ("nf4", 0.14)])
+def test_a_real_model_takes_the_share_that_is_promised(form: str, share: float) -> None:
+    stored = load_file(Path(esm2.__file__).parent / "bundled" / "model" / "model.safetensors")
+    model = {name: value.float().numpy() for name, value in stored.items()}
+    assert arrays.num_parameters(model) > 2e6
+    packed = quantise.packed(model, form)
+    assert arrays.nbytes(packed) / arrays.nbytes(model) == pytest.approx(share, rel=0.02)
+    assert arrays.nbytes(packed) == quantise.nbytes(model, form)
+    back = quantise.unpacked(packed)
+    error = {"bfloat16": 0.003, "float16": 0.001, "int8": 0.03, "nf4": 0.25}[form]
+    for name, value in model.items():
+        assert np.linalg.norm(back[name] - value) <= error * np.linalg.norm(value)
+
+
 # What converges
 
 
@@ -293,6 +310,14 @@ def test_nothing_is_remembered_past_a_clip(form: str) -> None:
         update, state = chain.apply(Update("site-1", delta, 1.0), state, rng.public(0, round, "t", "site-1"))
         sent.append(update.delta["w"])
     np.testing.assert_array_equal(sent[0], sent[1])
+
+
+@every_form
+def test_an_audit_finds_norms_within_the_clip(form: str) -> None:
+    made = recipe(form, mechanisms=(PRIVATE,), federation={"num_clients": 4})
+    for check in RecipePipeline(recipe=made).norms():
+        assert 0.9 < check.largest <= 1.0
+        assert check.holds
 
 
 def last(**fields: Any) -> Any:
