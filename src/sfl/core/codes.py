@@ -112,9 +112,10 @@ def decode(codes: Array, scales: Array | None, out: Array) -> None:
         if scales is None:
             _put(_wide(codes[start : start + BLOCK]), target)
         elif codes.dtype == np.int8:
-            _scaled(codes[start : start + BLOCK], scales[start // 256 :], target)
+            _scaled(codes[start : start + BLOCK], scales[start // BLOCKS["int8"] :], BLOCKS["int8"], target)
         else:
-            _scaled(_levels(codes[start // 2 : (start + BLOCK) // 2], target.size), scales[start // 64 :], target)
+            parts = np.take(_PAIRS, codes[start // 2 : (start + BLOCK) // 2]).view(np.float32)[: target.size]
+            _scaled(parts, scales[start // BLOCKS["nf4"] :], BLOCKS["nf4"], target)
 
 
 def _refuse_not_finite(largest: np.floating[Any]) -> None:
@@ -206,21 +207,14 @@ def _wide(codes: Array) -> Array:
     return (codes.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _levels(codes: Array, count: int) -> Array:
-    return np.take(_PAIRS, codes).view(np.float32)[:count]
-
-
-def _scaled(parts: Array, scales: Array, target: Array) -> None:
-    """``target = parts * scales``, each scale for as many numbers as share it."""
-    width = BLOCKS["int8"] if parts.dtype == np.int8 else BLOCKS["nf4"]
-    whole = parts.size - parts.size % width
-    for place, rest in ((slice(0, whole), width), (slice(whole, parts.size), parts.size - whole)):
-        if not rest:
-            continue
-        rows = parts[place].reshape(-1, rest)
-        first = place.start // width
-        product = np.multiply(rows, scales[first : first + len(rows), None], dtype=np.float32)
-        _put(product.reshape(-1), target[place])
+def _scaled(parts: Array, scales: Array, width: int, target: Array) -> None:
+    """``target = parts * scales``, each scale for the ``width`` numbers that share it; the last may be for fewer."""
+    count = parts.size // width
+    whole = count * width
+    product = np.multiply(parts[:whole].reshape(-1, width), scales[:count, None], dtype=np.float32)
+    _put(product.reshape(-1), target[:whole])
+    if whole < parts.size:
+        _put(np.multiply(parts[whole:], scales[count], dtype=np.float32), target[whole:])
 
 
 def _put(values: Array, target: Array) -> None:
