@@ -119,8 +119,10 @@ class AttackedEngine(Engine):
         lie = ATTACKS[self._attack.name](scene)
         lies = {update.site: lie(update) for update in own}
         return [
-            replace(reply, update=lies[reply.site], known_finite=False) if reply.site in lies else reply
-            for reply in replies
+            replace(seen, update=lies[seen.site], known_finite=False)
+            if seen.site in lies
+            else (reply if seen.status is Status.USED else seen)  # what is honest goes on in the bytes that it came in
+            for reply, seen in zip(replies, whole, strict=True)
         ]
 
     def describe(self) -> str:
