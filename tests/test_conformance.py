@@ -8,6 +8,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +16,10 @@ import pytest
 
 from sfl.core import arrays, check, rng
 from sfl.core.aggregator import Aggregator, Sum, WeightedMean
+from sfl.core.codes import CODED
 from sfl.core.task import FIT, SERVER, Task, Update
 from sfl.core.transform import Chain, Divide, Transform, chain
+from sfl.core.unpack import unpacked
 from sfl.errors import RoundError, SflError
 from sfl.privacy.clip import Clip
 from sfl.privacy.filters import (
@@ -25,6 +28,8 @@ from sfl.privacy.filters import (
     FreezeLayers,
     PercentileFilter,
     PrivateTopK,
+    Quantise,
+    QuantiseBounded,
     RandomK,
     SparseVector,
     TopK,
@@ -154,6 +159,20 @@ class Bound(Drop):
         return replace(update, delta=arrays.scale(update.delta, min(1.0, 0.999 / max(norm, 1e-12)))), state
 
 
+class Arrived(Transform):
+    """What a server makes of the codes that another transform sends."""
+
+    def __init__(self, coder: Transform) -> None:
+        self.coder, self.raises_norm = coder, coder.raises_norm
+
+    def init(self, parameters: Parameters) -> StateTree:
+        return self.coder.init(parameters)
+
+    def apply(self, update: Update, state: Any, rng: np.random.Generator) -> tuple[Update, StateTree]:
+        sent, state = self.coder.apply(update, state, rng)
+        return replace(sent, delta=unpacked(sent.delta, update.delta)), state
+
+
 PRIVATE = PrivateTopK(epsilon=1.0, share=0.2, gamma=2.0)
 SPARSE = SparseVector(epsilon=1.0, count=3, threshold=1.0, gamma=2.0)
 
@@ -185,6 +204,24 @@ TRANSFORMS: dict[str, TransformCase] = {
     "clip": TransformCase(make=lambda: Clip(1.5), not_finite="passes", bound=1.5, dtypes=("f2", "f4", "f8", "i8")),
     "clip per layer": TransformCase(make=lambda: Clip(1.5, per_layer=True), not_finite="passes", bound=1.5),
     "clamp": TransformCase(make=PRIVATE.clip, not_finite="raises", bound=2.0 * 46**0.5),
+    **{
+        f"{form}{', feedback' * feedback}": TransformCase(
+            make=partial(lambda form, feedback: Arrived(Quantise(form, feedback, smallest=1)), form, feedback),
+            not_finite="raises",
+            dtypes=("f2", "f4", "f8", "i8"),
+        )
+        for form in CODED
+        for feedback in (False, True)
+    },
+    **{
+        f"{form}, bounded": TransformCase(
+            make=partial(lambda form: chain(Clip(1.5), Arrived(QuantiseBounded(form, smallest=1))), form),
+            not_finite="raises",
+            bound=1.5,
+            dtypes=("f2", "f4", "f8", "i8"),
+        )
+        for form in CODED
+    },
     "chain": TransformCase(make=lambda: chain(Thin(), Halve(), Drop(), Bound()), not_finite="raises", bound=1.0),
 }
 

@@ -53,6 +53,9 @@ BACKENDS: tuple[str, ...] = (
     "flower-in-nvflare",
 )
 
+MessageDtype: TypeAlias = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
+MESSAGE_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16", "int8", "nf4")
+
 LogFormat: TypeAlias = Literal["rich", "simple", "json"]
 
 
@@ -83,6 +86,10 @@ class FederationConfig:
         threads: CPU threads that each worker computes with. The last bits of a result depend on it.
         round_timeout: Seconds after which a site that has not answered is late and left out; 0 means no limit.
         wait_for: Updates after which a round waits for no more sites: those still at work are late. 0 waits for all.
+        message_dtype: Numbers in which arrays travel, both ways: float32 (as they are), bfloat16, float16 (half the
+            bytes), int8 (a quarter) or nf4 (a seventh).
+        message_error_feedback: Send what rounding left out with the next message; under differential privacy only to
+            the sites.
         backend: What carries the job: sim (this process), flower, nvflare or flower-in-nvflare (simulators),
             flower-deploy or nvflare-poc (server and sites as processes of this machine, over TLS), nvflare-prod (a
             provisioned federation). Same bits in all.
@@ -104,6 +111,8 @@ class FederationConfig:
     threads: int = 1
     round_timeout: float = 0.0
     wait_for: int = 0
+    message_dtype: MessageDtype = "float32"
+    message_error_feedback: bool = True
     backend: Backend = "sim"
     startup_kit: str | None = None
     superlink: str | None = None
@@ -135,6 +144,12 @@ class FederationConfig:
         _require(0.0 <= self.round_timeout <= 1e6, "round_timeout", "0 (no limit) or up to 1e6 s", self.round_timeout)
         holds = self.wait_for == 0 or self.min_available_clients <= self.wait_for
         _require(holds, "wait_for", "0 (all) or at least min_available_clients", self.wait_for)
+        _require(
+            self.message_dtype in MESSAGE_DTYPES,
+            "message_dtype",
+            f"one of {', '.join(MESSAGE_DTYPES)}",
+            self.message_dtype,
+        )
         _require(self.backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", self.backend)
 
     @property

@@ -17,7 +17,7 @@ from sfl.client.base import BaseFederatedClient
 from sfl.client.callbacks import SiteCallback
 from sfl.client.rule import LocalRule
 from sfl.client.spending import Spending
-from sfl.core import arrays, check, rng
+from sfl.core import arrays, check, quantise, rng
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.terms import LocalTerms
 from sfl.core.transform import Chain, flat
@@ -102,6 +102,8 @@ class Site:
         self._life = life or self._life
         started = time.perf_counter()
         try:
+            if quantise.is_packed(task.parameters):  # a client knows nothing of how its task has travelled
+                task = replace(task, parameters=arrays.read_only(quantise.unpacked(task.parameters)))
             for callback in self._program.callbacks:
                 callback.on_task_started(self.name, task)
             reply = self._done(self._dispatch(task), started)

@@ -9,6 +9,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from sfl.client.rule import LocalRule, SiteWork
+from sfl.core import quantise
 from sfl.core.aggregator import Aggregator
 from sfl.core.task import FIT, Task, Update
 from sfl.errors import MissingExtraError, UpdateError
@@ -73,7 +74,7 @@ class SwarmRule(LocalRule):
             parts = [task.parameters[f"{SEALED}{site}/{place}"].tobytes() for place in (0, 1)]
             skeleton, tensors = (reader.open(part, number, 2) for number, part in enumerate(parts))  # type: ignore[attr-defined]
             opened = unpack_tree(skeleton, tensors)
-            yield Update(site, opened["delta"], float(opened["weight"]))
+            yield Update(site, quantise.unpacked(opened["delta"]), float(opened["weight"]))
 
 
 def _bytes(data: bytes) -> Array:

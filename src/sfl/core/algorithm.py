@@ -26,6 +26,7 @@ class ServerState:
         stopped: Why the run ended before its last planned round; empty if it did not.
         examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if nothing is promised
             to examples.
+        messages: What quantised parameters have left out so far, by array; ``None`` if nothing is remembered.
     """
 
     round: int
@@ -38,6 +39,7 @@ class ServerState:
     engine: StateTree = None
     stopped: str = ""
     examples: StateTree = None
+    messages: StateTree = None
 
 
 class Algorithm(ABC):

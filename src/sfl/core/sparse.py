@@ -21,17 +21,22 @@ def is_packed(arrays: object) -> bool:
     return isinstance(arrays, dict) and any(str(name).endswith(WHERE) for name in arrays)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
-def packed(parameters: Mapping[str, Array]) -> Parameters:
+def packed(parameters: Mapping[str, Array], *, width: float | None = None) -> Parameters:
     """The same arrays; one that is smaller without its zeros becomes its values and their positions.
 
     Positions are four bytes each, or one bit for each element of the whole, whichever is less. A negative zero is no
     zero. Names and their order stay, so that the arrays of a reply are known by the model's names.
+
+    Args:
+        parameters: Named arrays.
+        width: Bytes in which a value will travel; by default its own.
     """
     out: Parameters = {}
     for name, value in parameters.items():
         marked = _bits(value)
         count = int(np.count_nonzero(marked))
-        if _size(value, count) >= value.nbytes:
+        each = value.itemsize if width is None else width
+        if _size(value, count, each) >= each * value.size:
             out[name] = value
             continue
         out[name] = value.reshape(-1)[marked]
@@ -59,7 +64,8 @@ def unpacked(arrays: Mapping[str, Array], like: Mapping[str, Array]) -> Paramete
 
 def nbytes(parameters: Mapping[str, Array]) -> int:
     """Bytes of what ``packed`` gives."""
-    return sum(min(_size(value, int(np.count_nonzero(_bits(value)))), value.nbytes) for value in parameters.values())
+    counts = {name: int(np.count_nonzero(_bits(value))) for name, value in parameters.items()}
+    return sum(min(int(_size(v, counts[name], v.itemsize)), v.nbytes) for name, v in parameters.items())
 
 
 def _bits(value: Array) -> Array:
@@ -68,8 +74,8 @@ def _bits(value: Array) -> Array:
     return np.asarray(flat.view(np.dtype(f"u{flat.dtype.itemsize}")) != 0)
 
 
-def _size(value: Array, count: int) -> int:
-    return count * value.itemsize + min(4 * count, -(-value.size // 8)) if value.size < 2**32 else value.nbytes
+def _size(value: Array, count: int, width: float) -> float:
+    return count * width + min(4 * count, -(-value.size // 8)) if value.size < 2**32 else value.size * width
 
 
 def _lists(value: Array, count: int) -> bool:

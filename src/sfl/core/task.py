@@ -38,12 +38,20 @@ class Task:
         round: The round it belongs to, from 1 (0 for the evaluation before the first).
         parameters: The global parameters, read-only.
         config: Scalars for the client. It never carries a seed for noise, masks or keys.
+        packed: What travels in place of the parameters where they are quantised; they are what sites make of it.
+            Engines that hand over memory leave it out.
     """
 
     name: str
     round: int
     parameters: Parameters
     config: Config = field(default_factory=dict[str, bool | int | float | str])
+    packed: Parameters | None = None
+
+    @property
+    def travels(self) -> Parameters:
+        """The arrays that are carried where arrays are carried."""
+        return self.parameters if self.packed is None else self.packed
 
 
 @dataclass(frozen=True, slots=True)

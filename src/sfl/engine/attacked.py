@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sfl.core import arrays, sparse
+from sfl.core import arrays
 from sfl.core.task import FIT, Reply, Status, Task
+from sfl.core.unpack import unpacked
 from sfl.engine.attacker import ATTACKS, FLIP_LABELS, LABEL_FLIP, Attack, Scene
 from sfl.engine.base import Engine, owned
 from sfl.errors import CompositionError, UpdateError
@@ -118,8 +119,10 @@ class AttackedEngine(Engine):
         lie = ATTACKS[self._attack.name](scene)
         lies = {update.site: lie(update) for update in own}
         return [
-            replace(reply, update=lies[reply.site], known_finite=False) if reply.site in lies else reply
-            for reply in whole
+            replace(seen, update=lies[seen.site], known_finite=False)
+            if seen.site in lies
+            else (reply if seen.status is Status.USED else seen)  # what is honest goes on in the bytes that it came in
+            for reply, seen in zip(replies, whole, strict=True)
         ]
 
     def describe(self) -> str:
@@ -132,11 +135,11 @@ class AttackedEngine(Engine):
 
 
 def _whole(reply: Reply, task: Task) -> Reply:
-    """With all its zeros: a wire leaves them out."""
+    """With all its zeros, in floats: it may have come without, or as codes."""
     update = reply.update
-    if update is None or not sparse.is_packed(update.delta):
+    if update is None:
         return reply
     try:
-        return replace(reply, update=replace(update, delta=sparse.unpacked(update.delta, dict(task.parameters))))
+        return replace(reply, update=replace(update, delta=unpacked(update.delta, dict(task.parameters))))
     except UpdateError as error:
         return Reply(reply.site, Status.REJECTED, reason=str(error), seconds=reply.seconds, ticket=reply.ticket)

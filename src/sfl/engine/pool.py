@@ -83,7 +83,7 @@ class PoolEngine(Engine):
         for number, worker in enumerate(self._workers):
             if not worker.is_alive() and not worker.is_busy:
                 self._workers[number] = worker.successor()
-        bare = replace(task, parameters={})
+        bare = replace(task, parameters={}, packed=None)
         self._open[self._last] = list(clients)
         for name in clients:
             self._workers[self._owner[name]].submit(Command(self._last, bare, name), memory)

@@ -28,6 +28,7 @@ from safetensors.numpy import load, save
 
 from sfl.core import sparse
 from sfl.core.task import FIT, Reply, Status
+from sfl.core.unpack import is_packed
 from sfl.engine.host import SiteHost
 from sfl.engine.launch import Launch
 from sfl.engine.wire import pack_reply, unpack_task
@@ -228,7 +229,7 @@ def _answer(host: SiteHost, site: str, text: str, arrays: bytes) -> tuple[str, b
     except (EngineError, SafetensorError) as error:
         return pack_reply(_exchange_of(text), Reply(site, Status.FAILED, reason=str(error)))[0], save({})
     reply = host.run(site, order)
-    if reply.update is not None and order.task.name == FIT:
+    if reply.update is not None and order.task.name == FIT and not is_packed(reply.update.delta):
         reply = replace(reply, update=replace(reply.update, delta=sparse.packed(reply.update.delta)))
     answer, delta = pack_reply(order.exchange, reply)
     return answer, save(dict(delta))

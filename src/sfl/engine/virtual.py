@@ -70,7 +70,7 @@ class VirtualEngine(Engine):
             return self._now
         promised = self._promised.pop(site, None)
         begins = profile.next_online(max(self._now, self._free.get(site, 0.0)))
-        travels = 2.0 * arrays.nbytes(task.parameters) / profile.bandwidth
+        travels = 2.0 * arrays.nbytes(task.travels) / profile.bandwidth
         done = begins + travels + profile.seconds if promised is None else promised
         self._free[site] = done
         return done

@@ -46,9 +46,9 @@ def pack_task(exchange: int, task: Task, clients: Mapping[str, int], life: str =
         "round": task.round,
         "config": dict(task.config),
         "clients": dict(clients),
-        "arrays": list(task.parameters),
+        "arrays": list(task.travels),
     }
-    return json.dumps(text), task.parameters
+    return json.dumps(text), task.travels
 
 
 def unpack_task(text: str, parameters: Parameters, site: str) -> Order:

@@ -20,9 +20,11 @@ from sfl.core.aggregator import Aggregator, Sum, WeightedMean
 from sfl.core.algorithm import Algorithm
 from sfl.core.events import Observer
 from sfl.core.mechanism import Mechanism
-from sfl.core.transform import Chain, Divide, Transform, chain
+from sfl.core.quantise import FLOAT32
+from sfl.core.transform import Chain, Divide, Transform, chain, flat
 from sfl.errors import CompositionError, ConfigError
 from sfl.privacy.budget import PrivacyBudget
+from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
@@ -140,7 +142,9 @@ class Recipe(ABC):
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
+        halves += self.released
         private = bool(self.mechanisms) or self.example_budget is not None
+        rule = self._heeded(self.rule(), algorithm)
         aggregator, server_chain = self._server_side()
         return Job(
             name=self.name,
@@ -150,12 +154,12 @@ class Recipe(ABC):
             program=SiteProgram(
                 client=self.client,
                 kwargs=self.client_kwargs,
-                chain=chain(*self.transforms, *halves, *self.released),
+                chain=chain(*self.transforms, *halves, *self._quantised((*self.transforms, *halves), rule)),
                 fixed_weight=1.0 if private or self.federation.weighting == "equal" else None,
                 share_metrics=not private,
                 callbacks=self.site_callbacks,
                 example_budget=self.example_budget,
-                rule=self._heeded(self.rule(), algorithm),
+                rule=rule,
             ),
             federation=self.federation,
             server_chain=server_chain,
@@ -167,6 +171,23 @@ class Recipe(ABC):
             selection=Selection(metric=self.key_metric, mode=self.key_metric_mode, received=self._scores_received()),
             evaluate_every=every,
         )
+
+    def _quantised(self, before: Sequence[Transform], rule: LocalRule) -> list[Transform]:
+        """How an update leaves after all else; see ``docs/messages.md`` for what each choice rests on."""
+        federation = self.federation
+        if federation.message_dtype == FLOAT32:
+            return []
+        if any(m.on_sum and m.placement == "local" for m in self.mechanisms):
+            raise CompositionError(
+                f"message_dtype must be float32 under noise that is shared out among the sites, got "
+                f"{federation.message_dtype}: rounding each share by itself, the sum has no noise that is known. Leave "
+                "it out, or use noise on the sum or of each site's own."
+            )
+        thin = not rule.tasks  # what a site seals for another comes to who does not know what size arrays may have
+        if any(transform.clips for transform in flat(before)):
+            return [QuantiseBounded(federation.message_dtype, thin)]
+        feedback = federation.message_error_feedback and self.example_budget is None
+        return [Quantise(federation.message_dtype, feedback, thin)]
 
     def _heeded(self, rule: LocalRule, algorithm: Algorithm | Workflow) -> LocalRule:
         """The rule, after a look at whether clients of this class heed what the algorithm asks of them.

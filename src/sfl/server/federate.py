@@ -69,6 +69,8 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
     ledger = run.hooks.ledger
     again = any(entry.round == task.round for entry in ledger.entries)
     ledger.charge(task.round, *charges(job, algorithm, task.round, len(cohort), len(run.clients), again=again))
+    task, messages = run.lowered(task, state.messages, remembers=job.federation.message_error_feedback)
+    state = replace(state, messages=messages)
     aggregate, fit = run.gather(task, cohort)
     state = run.score_received(state, fit)
     with run.timed("aggregate"):

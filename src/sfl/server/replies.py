@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from sfl.core import arrays, check, sparse
+from sfl.core import arrays, check
 from sfl.core.aggregator import Aggregator
 from sfl.core.task import EVALUATE, EXAMPLE_EPSILON, FIT, Reply, Status, Task, Update
+from sfl.core.unpack import unpacked
 from sfl.errors import UpdateError
 from sfl.server.job import Job
 from sfl.types import Metrics, Parameters, StateTree
@@ -33,10 +34,8 @@ def screened(reply: Reply, task: Task, expected: Parameters, job: Job) -> Reply:
     try:
         if update is None or update.site != reply.site:
             raise UpdateError(f"{reply.site}: a used reply must hold the site's own update, got {_whose(update)}.")
-        if task.name == FIT and sparse.is_packed(
-            update.delta
-        ):  # a wire leaves zeros out, and only here is known what size an array may have
-            update = replace(update, delta=sparse.unpacked(update.delta, expected))
+        if task.name == FIT:  # zeros are left out, and floats coded; only here is known what size an array may have
+            update = replace(update, delta=unpacked(update.delta, expected))
             reply = replace(reply, update=update)
         if task.name in (FIT, EVALUATE):
             check.check_update(update, expected, known_finite=reply.known_finite)

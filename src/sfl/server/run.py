@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sfl.core import arrays, sparse
+from sfl.core import arrays, quantise, sparse
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -39,11 +39,13 @@ from sfl.core.task import (
     Task,
     Update,
 )
+from sfl.core.unpack import is_packed
 from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
+from sfl.server.messages import lowered
 from sfl.server.replies import MetricsMean, aggregated, screened
 from sfl.types import Metrics, Parameters, StateTree
 
@@ -179,6 +181,14 @@ class Run:
             aggregate = replace(aggregate, metrics={**figures, NUM_UPDATES: float(mean.count)})
         return aggregate, self.job.derive({**mean.result(), **figures})
 
+    def lowered(self, task: Task, memory: StateTree = None, *, remembers: bool = False) -> tuple[Task, StateTree]:
+        """The task as the federation's messages carry it, and what that leaves out; see ``server.messages``."""
+        form = self.job.federation.message_dtype
+        if form == quantise.FLOAT32 or task.name not in (FIT, EVALUATE):
+            return task, None
+        with self.timed("quantise"):
+            return lowered(task, form, memory, remembers=remembers)
+
     def aggregate(self, updates: Iterable[Update], task: Task) -> Update:
         """The job's aggregate of updates that answer ``task``; what the aggregator remembers goes into the state."""
         aggregate, self._aggregator = aggregated(self.job.aggregator, updates, task, self._aggregator)
@@ -240,8 +250,9 @@ class Run:
                 self.seconds[task.name] += time.perf_counter() - started
             if reply is None:
                 return
+            travelled = self.travelled(reply)
             reply = self._with_figures(self._counted_on(screened(reply, task, expected, self.job), task), task)
-            self.record(task, reply)
+            self.record(task, reply, travelled)
             if reply.update is not None:
                 yield reply.update
             del reply  # what it holds is let go before the next site works
@@ -279,14 +290,29 @@ class Run:
         """A task goes out; the figure of a round is what it sends to train."""
         self.emit(StageStarted(round=task.round, stage=task.name, cohort=tuple(cohort)))
         if task.name != EVALUATE:
-            self.sent += len(cohort) * arrays.nbytes(task.parameters)
+            self.sent += len(cohort) * arrays.nbytes(task.travels)
 
-    def record(self, task: Task, reply: Reply) -> None:
-        """Note and say how a planned site ended a task."""
-        update = reply.update
+    def travelled(self, reply: Reply) -> int:
+        """Bytes of a reply that its site has packed; 0 if it has come as floats."""
+        if reply.update is None or self.job.federation.message_dtype == quantise.FLOAT32:
+            return 0
+        return arrays.nbytes(reply.update.delta) if is_packed(reply.update.delta) else 0
+
+    def _nbytes(self, update: Update | None, travelled: int) -> int:
+        """Bytes of an update as it has come, or would have over a wire: whole arrays where more may not be told."""
+        if update is None:
+            return 0
+        if travelled:
+            whole = quantise.nbytes(update.delta, self.job.federation.message_dtype)
+            return whole if self._hides_updates else travelled
         # only what a filter made has zeros that do not travel
         filtered = bool(self.job.program.chain.transforms) and not self._hides_updates
-        nbytes = 0 if update is None else (sparse.nbytes if filtered else arrays.nbytes)(update.delta)
+        return (sparse.nbytes if filtered else arrays.nbytes)(update.delta)
+
+    def record(self, task: Task, reply: Reply, travelled: int = 0) -> None:
+        """Note and say how a planned site ended a task, and in how many bytes of codes its reply came."""
+        update = reply.update
+        nbytes = self._nbytes(update, travelled)
         self.received += nbytes
         if reply.logs:
             self.emit(SiteLogged(round=task.round, site=reply.site, lines=reply.logs))
@@ -359,9 +385,9 @@ class Run:
 
     def _evaluate(self, state: ServerState, *, ask_sites: bool) -> tuple[Metrics, Metrics]:
         parameters = arrays.read_only(state.parameters)
-        task = Task(EVALUATE, state.round, parameters, {"seed": self.job.federation.seed})
         mean = MetricsMean()
         if self.job.program.share_metrics and ask_sites:
+            task, _ = self.lowered(Task(EVALUATE, state.round, parameters, {"seed": self.job.federation.seed}))
             for _ in mean.watch(self.usable(task, self.clients)):
                 pass
         central: Metrics = {}

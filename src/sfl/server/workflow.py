@@ -129,10 +129,11 @@ class Sites:
             sent = self._sent.get(reply.ticket)
             if sent is None or reply.site not in sent.open:
                 continue
+            travelled = self._run.travelled(reply)
             reply = owned(screened(reply, sent.task, sent.task.parameters, self._run.job))
             replies.close()  # type: ignore[attr-defined]
             self._close(reply.ticket, reply.site)
-            self._run.record(sent.task, reply)
+            self._run.record(sent.task, reply, travelled)
             sent.pending.take(reply)
             return sent.pending, reply
 
@@ -191,6 +192,7 @@ class Sites:
 
     def hand_over(self, pending: Pending, task: Task, sites: Sequence[str]) -> int:
         """Send for a pattern; its ticket."""
+        task, _ = self._run.lowered(task)
         self._run.announce_task(task, sites)
         self._trained = task if task.name == FIT else self._trained
         ticket = self._run.engine.send(task, sites)

@@ -13,6 +13,7 @@ from sfl.core import arrays, rng
 from sfl.core.mechanism import Mechanism
 from sfl.core.task import SERVER, Update
 from sfl.core.transform import Chain, Transform, flat
+from sfl.core.unpack import unpacked
 from sfl.errors import ConfigError
 from sfl.privacy.accountant import Guarantee, PrivacyAccountant, guarantees
 from sfl.privacy.adaptive_clip import BOUND
@@ -55,7 +56,8 @@ def norm_check(
         for _ in range(_ROUNDS):
             update = Update(f"canary-{index}", directions.add(zeros, index, length * bound), 1.0)
             update, state = quiet.apply(update, state, rng.public(directions.seed, index, "audit"))
-            found.append({name: value for name, value in update.delta.items() if name in base})
+            sent = unpacked(update.delta, quiet.sends(base))
+            found.append({name: value for name, value in sent.items() if name in base})
     return check_norm_bound(found, bound, mechanism=type(mechanism).__name__)
 
 

@@ -8,6 +8,7 @@ from sfl.privacy.filters.compress import ErrorFeedback, RandomK, TopK
 from sfl.privacy.filters.layers import ExcludeLayers, FreezeLayers, chosen_layers, parse_layers
 from sfl.privacy.filters.percentile import PercentileFilter
 from sfl.privacy.filters.private_topk import PrivateTopK
+from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.filters.svt import SparseVector
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "FreezeLayers",
     "PercentileFilter",
     "PrivateTopK",
+    "Quantise",
+    "QuantiseBounded",
     "RandomK",
     "SparseVector",
     "TopK",
