@@ -2,9 +2,9 @@
 
     python benchmarks/parity.py [--engines flower,nvflare] [--algorithms scaffold,ditto]
 
-Five sites, three rounds, engines as real processes of this machine. Compared are the final state bit for bit (parameters, what
-algorithm, aggregator and callbacks remember, the best model) and every figure of every round, site by site. Results go to
-``results/parity.{json,md}``; cells that were not run again stay as they were.
+Five sites, three rounds, engines as real processes of this machine. Compared are the final state bit for bit
+(parameters, what algorithm, aggregator and callbacks remember, the best model) and every figure of every round, site by
+site. Results go to ``results/parity.{json,md}``; cells that were not run again stay as they were.
 """
 
 from __future__ import annotations
@@ -162,11 +162,12 @@ def table(cells: Mapping[str, Mapping[str, Cell]]) -> str:
     """The results as Markdown."""
     every = [found for row in cells.values() for found in row.values()]
     same = sum(found["said"] == "same bits" for found in every)
+    last = max(found["when"] for found in every)
     lines = [
         "# Every algorithm on every engine",
         "",
-        f"{SITES} sites, {ROUNDS} rounds, engines as real processes; {same} of {len(every)} runs gave the bits and figures of the",
-        f"run in-process. Last run: {max(found['when'] for found in every)}. `python benchmarks/parity.py`",
+        f"{SITES} sites, {ROUNDS} rounds, engines as real processes; {same} of {len(every)} runs gave the bits and",
+        f"figures of the run in-process. Last run: {last}. `python benchmarks/parity.py`",
         "",
         f"| `--algorithm` | {' | '.join(ENGINES)} |",
         "|---|" + "---|" * len(ENGINES),
