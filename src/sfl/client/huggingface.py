@@ -29,8 +29,9 @@ from sfl.client.api import (
     shutdown,
     system_info,
 )
+from sfl.client.decorators import evaluate, train
 from sfl.client.session import STEPS
-from sfl.client.together import is_evaluate, is_running, is_train
+from sfl.client.together import get_task_name, is_evaluate, is_running, is_submit_model, is_train
 from sfl.errors import ClientApiError
 from sfl.types import FLModel, ParamsType
 
@@ -38,12 +39,15 @@ __all__ = [
     "AnalyticsDataType",
     "FLModel",
     "ParamsType",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
     "is_evaluate",
     "is_running",
+    "is_submit_model",
     "is_train",
     "log",
     "patch",
@@ -51,6 +55,7 @@ __all__ = [
     "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
 _PREPARED = "_is_accelerate_prepared"

@@ -35,7 +35,7 @@ from sfl.client.api import (
     system_info,
 )
 from sfl.client.session import STEPS
-from sfl.client.together import is_evaluate, is_running, is_train
+from sfl.client.together import get_task_name, is_evaluate, is_running, is_submit_model, is_train
 from sfl.errors import ClientApiError
 from sfl.types import FLModel, ParamsType
 
@@ -46,9 +46,11 @@ __all__ = [
     "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
     "is_evaluate",
     "is_running",
+    "is_submit_model",
     "is_train",
     "log",
     "patch",

@@ -8,12 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 from sfl.client import api
-from sfl.client.session import Session
+from sfl.client.session import EVALUATE, TRAIN, Session
 from sfl.train.interop import load_state
 from sfl.train.ranks import Ranks
 from sfl.types import FLModel
 
-__all__ = ["alone", "answer", "are_several", "is_evaluate", "is_running", "is_train", "join", "load"]
+__all__ = [
+    "alone",
+    "answer",
+    "are_several",
+    "get_task_name",
+    "is_evaluate",
+    "is_running",
+    "is_submit_model",
+    "is_train",
+    "join",
+    "load",
+]
 
 _OVER, _TRAIN, _EVALUATE = range(3)
 
@@ -69,6 +80,16 @@ def is_train(ctx: Session | None = None) -> bool:
 def is_evaluate(ctx: Session | None = None) -> bool:
     """Whether the current task is to evaluate the model that was received, said on every rank."""
     return _together[0].task == _EVALUATE if _together else api.is_evaluate(ctx)
+
+
+def is_submit_model(ctx: Session | None = None) -> bool:
+    """Whether the current task is to send the site's best model: no job of SFL asks for it, so never."""
+    return False if _together else api.is_submit_model(ctx)
+
+
+def get_task_name(ctx: Session | None = None) -> str:
+    """``"train"`` or ``"validate"``, said on every rank."""
+    return ("", TRAIN, EVALUATE)[_together[0].task] if _together else api.get_task_name(ctx)
 
 
 def load(module: Any, *, strict: bool) -> None:
