@@ -148,7 +148,9 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # short: sockets lie in it
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))  # else what is left would be the user's own
+    monkeypatch.setenv("TEST_RUN", str(tmp_path))
     yield
+    assert marked(str(tmp_path)) == []
     left = [path.name for path in folder.iterdir()]
     shutil.rmtree(folder)
     assert left == []
