@@ -459,6 +459,19 @@ def test_stopped_at_any_event_and_resumed_it_is_the_same(
         assert left(out) == wanted, f"stopped at event {stop_at}"
 
 
+@pytest.mark.parametrize("name", [*KINDS, "yogi", "adagrad"])
+def test_a_number_without_axes_is_trained_as_any_other_and_comes_back_with_a_resume(name: str, tmp_path: Path) -> None:
+    kind, options = KINDS.get(name, (FedOptRecipe, {"optimizer": name}))
+    start = {"w": np.ones(3), "b": np.array(1.0)}
+    options = {**options, "sites": 4, "client": Large, "initial_parameters": start}
+    whole = made(kind, rounds=3, **options).execute(CPU)
+    assert whole.parameters["b"].shape == ()
+    assert whole.parameters["b"] == whole.parameters["w"][0]
+    made(kind, rounds=1, **options).execute(CPU, out=tmp_path)
+    rest = made(kind, rounds=3, **options).execute(CPU, out=tmp_path, resume=True)
+    assert same(rest.parameters, whole.parameters)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_workers_give_the_same_bits(name: str) -> None:
     kind, options = KINDS[name]

@@ -161,9 +161,15 @@ def test_parameters_of_another_shape_are_rejected_and_the_script_goes_on(tmp_pat
 
 def test_figures_are_said_on_the_sites_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = """
-from nvflare.client.tracking import SummaryWriter
+from nvflare.client.tracking import MLflowWriter, SummaryWriter, WandBWriter
 flare.log("acc", 0.5, "SCALAR", global_step=3)
 SummaryWriter().add_scalars("val", {"f1": 0.25}, 4)
+WandBWriter().log({"auc": 0.75}, step=5)
+writer = MLflowWriter()
+writer.log_params({"rate": 0.1})
+writer.log_metrics({"mse": 2.0}, 6)
+writer.log_text("long", "notes.txt")
+writer.set_tags({"who": "me"})
 flare.send(flare.FLModel(params=model.params))
 """
     caplog.set_level(logging.INFO, "sfl.site")
@@ -171,6 +177,13 @@ flare.send(flare.FLModel(params=model.params))
     said = [record.getMessage() for record in caplog.records]
     assert "site-1: acc=0.5 global_step=3" in said
     assert "site-1: val/f1=0.25 global_step=4" in said
+    assert "site-1: auc=0.75 global_step=5" in said
+    assert said[3:7] == [
+        "site-1: rate=0.1",
+        "site-1: mse=2.0 global_step=6",
+        "site-1: notes.txt=long",
+        "site-1: who=me",
+    ]
 
 
 # Calls out of order
@@ -488,6 +501,50 @@ def test_a_script_of_flare_runs_unmodified_and_the_process_keeps_its_own_nvflare
     assert scripts.said(result) == []
     assert result.parameters["w"].tolist() == [2.0, 2.0]
     assert {name for name in sys.modules if name.partition(".")[0] == "nvflare"} == own
+
+
+DECORATED = """
+import nvflare.client as flare
+
+@flare.evaluate
+def score(model, scale=1.0):
+    return {"loss": float(model.params["w"][0]) * scale}
+
+@flare.train()
+def fit(model=None, step=1):
+    return flare.FLModel(params={"w": model.params["w"] + step}, meta={"NUM_STEPS_CURRENT_ROUND": 2})
+
+flare.init()
+while flare.is_running():
+    found = score("given instead", scale=2.0)
+    if flare.is_train():
+        fit(step=3)
+"""
+
+
+def test_decorated_functions_are_given_the_received_model_and_send(tmp_path: Path) -> None:
+    result = run(write(tmp_path, DECORATED))
+    assert scripts.said(result) == []
+    assert result.parameters["w"].tolist() == [6.0, 6.0]
+    assert [entry.fit for entry in result.rounds[1:]] == [{"loss": 0.0}, {"loss": 6.0}]
+    assert result.rounds[-1].evaluation == {"loss": 12.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (
+            'return {"loss": float(model.params["w"][0]) * scale}',
+            "return 1.0",
+            "must return a dict of figures, got float",
+        ),
+        ("return flare.FLModel(params=", "return dict(params=", "must return an FLModel, got dict"),
+    ],
+)
+def test_a_decorated_function_that_returns_something_else_is_named(
+    tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    assert said in fit(site(write(tmp_path, DECORATED.replace(before, after)))).reason
 
 
 def test_it_runs_where_nvflare_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,110 @@ while flare.is_running():
 (folder / f"said-{rank}").write_text(repr(said))
 """.replace("**SIZES", ", ".join(f"{name}={value}" for name, value in SIZES.items()))
 
+LIT_RANKS = """
+import os
+import sys
+from pathlib import Path
+import lightning.pytorch as pl
+import torch
+import nvflare.client.lightning as flare
+
+folder, fails = Path(sys.argv[1]), sys.argv[2:] == ["fails"]
+
+class Tiny(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.full((1,), float(rank)))
+    def on_train_start(self):
+        said.append(("train", self.w.tolist()))
+        if fails and rank == 1:
+            raise ValueError("no data on rank 1")
+    def training_step(self, batch, _):
+        return ((self.w - batch) ** 2).mean()
+    def validation_step(self, batch, _):
+        self.log("w", self.w.detach().sum(), sync_dist=True)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.25)
+
+said = []
+trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False,
+                     logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+rank = trainer.global_rank
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
+rows = torch.utils.data.DataLoader(torch.arange(4.0)[rank::2].reshape(2, 1), batch_size=1)
+model = Tiny()
+flare.patch(trainer)
+while flare.is_running():
+    trainer.validate(model, rows, verbose=False)
+    said.append((flare.is_train(), flare.is_evaluate(), model.w.tolist()))
+    if flare.is_train():
+        trainer.fit(model, rows)
+        said.append((flare.is_train(), model.w.tolist()))
+(folder / f"said-{rank}").write_text(repr(said))
+torch.distributed.barrier()
+"""
+
+
+@slow
+@quiet
+@pytest.mark.parametrize("command", [TORCHRUN, "python3 -u"])
+def test_lightning_on_several_ranks_trains_one_model_and_all_of_them_end(tmp_path: Path, command: str) -> None:
+    model = torch.nn.ParameterDict({"w": torch.full((1,), 9.0)})
+    options = {"launch_external_process": True, "command": command, "train_args": str(tmp_path)}
+    result = run(write(tmp_path, LIT_RANKS), model=model, sites=1, rounds=2, **options)
+    assert scripts.said(result) == []
+    zero, one = ((tmp_path / f"said-{rank}").read_text() for rank in range(2))
+    assert zero == one
+    w, told = 9.0, []
+    for _ in range(2):
+        start = w
+        for first, other in ((0.0, 1.0), (2.0, 3.0)):  # a step: one row of each rank, and the mean of their gradients
+            w -= 0.25 * ((w - first) + (w - other))
+        told += [(True, False, [start]), ("train", [start]), (False, [w])]
+    assert ast.literal_eval(zero) == [*told, (False, False, [w])]  # evaluated, and answered
+    assert result.parameters["w"].tolist() == [w]
+    assert [entry.sites[0].num_examples for entry in result.rounds[1:]] == [2.0, 2.0]
+    assert result.rounds[-1].evaluation == {"w": w}
+
+
+@slow
+def test_one_rank_of_lightning_that_fails_ends_them_all_and_the_site_says_so(tmp_path: Path) -> None:
+    args = (str(tmp_path), "fails")
+    subject = scripts.site(write(tmp_path, LIT_RANKS), external=True, args=args, params_format="pytorch")
+    reply = scripts.fit(subject, parameters={"w": np.ones(1, np.float32)})
+    assert reply.status is Status.FAILED
+    assert reply.reason.endswith(": ValueError: no data on rank 1.")
+    for rank in range(2):
+        pid = int((tmp_path / f"pid-{rank}").read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@slow
+@quiet
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("ddp", "must train in one process, got a trainer of 2. Say launch_external_process=True"),
+        ("ddp_spawn", "must each run the script, got spawned ones"),
+    ],
+)
+def test_lightning_refuses_processes_that_cannot_be_told(strategy: str, said: str, tmp_path: Path) -> None:
+    text = LIT_RANKS.replace('strategy="ddp"', f"strategy={strategy!r}").replace('accelerator="cpu"', "accelerator=CPU")
+    reply = scripts.fit(scripts.site(write(tmp_path, "CPU = 'cpu'" + text), args=(str(tmp_path),)))
+    assert said in reply.reason
+
+
+@slow
+@quiet
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_lightning_refuses_a_model_of_which_each_process_holds_a_part(name: str) -> None:
+    from lightning.pytorch import strategies
+
+    kind = getattr(strategies, name)
+    members = {"__module__": "lightning.pytorch", "world_size": 2, "strategy": kind.__new__(kind)}
+    with pytest.raises(ClientApiError, match=f"that every process holds whole, got {name}"):
+        lit.patch(type("Trainer", (), members)())
+
 
 @slow
 @quiet

@@ -121,6 +121,15 @@ def test_a_job_gives_the_bits_of_the_simulation_comes_home_and_goes_on(federatio
     assert left == []  # what the sites remember stays with them, and nothing else
 
 
+@pytest.mark.slow
+def test_a_superlink_that_another_authority_vouches_for_is_turned_away(federation: Federation, tmp_path: Path) -> None:
+    foreign = make_server_keys(tmp_path / "keys").authority
+    with pytest.raises(
+        EngineError, match=r"the SuperLink must take the app(.|\n)*Check its address, root_certificates"
+    ):
+        job(1).execute(FlowerEnv(superlink=federation.address, root_certificates=foreign))
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

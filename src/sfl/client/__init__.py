@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sfl.client.api import send as send
     from sfl.client.api import shutdown as shutdown
     from sfl.client.api import system_info as system_info
+    from sfl.client.decorators import evaluate as evaluate
+    from sfl.client.decorators import train as train
     from sfl.types import FLModel as FLModel
     from sfl.types import ParamsType as ParamsType
 
@@ -33,6 +35,7 @@ __all__ = [
     "FLModel",
     "ParamsType",
     "clear",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
@@ -47,9 +50,15 @@ __all__ = [
     "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
-_OTHER_HOMES = {"FLModel": "sfl.types", "ParamsType": "sfl.types"}
+_OTHER_HOMES = {
+    "FLModel": "sfl.types",
+    "ParamsType": "sfl.types",
+    "evaluate": "sfl.client.decorators",
+    "train": "sfl.client.decorators",
+}
 
 
 def __getattr__(name: str) -> object:

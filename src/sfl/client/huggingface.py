@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfl.client import api
+from sfl.client import api, together
 from sfl.client.api import (
     AnalyticsDataType,
     get_config,
@@ -29,22 +29,25 @@ from sfl.client.api import (
     shutdown,
     system_info,
 )
-from sfl.client.session import STEPS, Session
+from sfl.client.decorators import evaluate, train
+from sfl.client.session import STEPS
+from sfl.client.together import get_task_name, is_evaluate, is_running, is_submit_model, is_train
 from sfl.errors import ClientApiError
-from sfl.train.interop import load_state
-from sfl.train.ranks import Ranks
 from sfl.types import FLModel, ParamsType
 
 __all__ = [
     "AnalyticsDataType",
     "FLModel",
     "ParamsType",
+    "evaluate",
     "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
     "is_evaluate",
     "is_running",
+    "is_submit_model",
     "is_train",
     "log",
     "patch",
@@ -52,10 +55,9 @@ __all__ = [
     "send",
     "shutdown",
     "system_info",
+    "train",
 ]
 
-
-_OVER, _TRAIN, _EVALUATE = range(3)
 _PREPARED = "_is_accelerate_prepared"
 _SHARDED = ("is_fsdp_enabled", "is_deepspeed_enabled")
 
@@ -87,46 +89,12 @@ def patch(trainer: Any, load_state_dict_strict: bool = True) -> Any:
         if any(getattr(trainer, name, False) for name in _SHARDED):
             raise ClientApiError("patch() must be given a model that every process holds whole, got a sharded one.")
         api.ready(trainer.args.process_index)
-        _together[:] = [_Together(Ranks(trainer.args.process_index))]
+        together.join(trainer.args.process_index)
     else:
         api.ready()
-        _together.clear()
+        together.alone()
     _Rounds(trainer, strict=load_state_dict_strict)
     return trainer
-
-
-def is_running(ctx: Session | None = None) -> bool:
-    """Whether there is a task to work on, said on every rank. Between two tasks it waits for the next."""
-    return _together[0].next_task(ctx) != _OVER if _together else api.is_running(ctx)
-
-
-def is_train(ctx: Session | None = None) -> bool:
-    """Whether the current task is to train, said on every rank."""
-    return _together[0].task == _TRAIN if _together else api.is_train(ctx)
-
-
-def is_evaluate(ctx: Session | None = None) -> bool:
-    """Whether the current task is to evaluate the model that was received, said on every rank."""
-    return _together[0].task == _EVALUATE if _together else api.is_evaluate(ctx)
-
-
-class _Together:
-    """One of several processes. What it is told is a collective call: all make it, or none."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.task = ranks, _OVER
-
-    def next_task(self, ctx: Session | None = None) -> int:
-        """The current task, or the next if there is none."""
-        task = _OVER
-        if self.ranks.number == 0 and api.is_running(ctx):
-            task = _EVALUATE if api.is_evaluate(ctx) else _TRAIN
-        self.task = self.ranks.told(task)
-        return self.task
-
-
-_together: list[_Together] = []
-"""Of this process, if it is one of several: then it runs no other script."""
 
 
 class _Rounds:
@@ -157,33 +125,25 @@ class _Rounds:
         self._load()
         if is_evaluate():
             return self.evaluate()
-        if _together:
+        if together.are_several():
             _prepare_anew(self._trainer)
         self._is_training = True
         try:
             output = self._train(*args, **options)
         finally:
             self._is_training = False
-        if _together and self._trainer.model_wrapped is self._trainer.model:
+        if together.are_several() and self._trainer.model_wrapped is self._trainer.model:
             raise ClientApiError("the ranks of a site must train one model, got one each: nothing wrapped it.")
         meta = {STEPS: self._trainer.state.global_step}
         self._answer(FLModel(params=self._trainer.model.state_dict(), metrics=self._metrics, meta=meta))
         return output
 
     def _load(self) -> None:
-        if not is_running():
-            raise SystemExit(0)  # the job is over, and so is the script
-        model = api.receive()
-        if model is not None:
-            load_state(self._trainer.model, model.params, strict=self._strict)
-        if _together:
-            _together[0].ranks.share_state(self._trainer.model)
+        together.load(self._trainer.model, strict=self._strict)
 
     def _answer(self, model: FLModel) -> None:
         self._metrics = None
-        api.send(model)
-        if _together:
-            _together[0].task = _OVER
+        together.answer(model)
 
 
 def _prepare_anew(trainer: Any) -> None:

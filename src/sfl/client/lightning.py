@@ -9,24 +9,25 @@ Example of a script::
     while flare.is_running():
         trainer.validate(model, data)  # of the model that was received
         trainer.fit(model, data)  # from it; sent when it ends
+
+With several processes (``strategy="ddp"``) each runs this script. Rank 0 talks to the site, and the others are told
+what it is told.
 """
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
-from sfl.client import api
+from sfl.client import api, together, wire
 from sfl.client.api import (
     AnalyticsDataType,
     get_config,
     get_job_id,
     get_site_name,
     init,
-    is_evaluate,
-    is_running,
-    is_train,
     log,
     receive,
     send,
@@ -34,8 +35,8 @@ from sfl.client.api import (
     system_info,
 )
 from sfl.client.session import STEPS
+from sfl.client.together import get_task_name, is_evaluate, is_running, is_submit_model, is_train
 from sfl.errors import ClientApiError
-from sfl.train.interop import load_state
 from sfl.types import FLModel, ParamsType
 
 __all__ = [
@@ -45,9 +46,11 @@ __all__ = [
     "get_config",
     "get_job_id",
     "get_site_name",
+    "get_task_name",
     "init",
     "is_evaluate",
     "is_running",
+    "is_submit_model",
     "is_train",
     "log",
     "patch",
@@ -57,8 +60,9 @@ __all__ = [
     "system_info",
 ]
 
-_PACKAGES = {"lightning": "lightning.pytorch.callbacks", "pytorch_lightning": "pytorch_lightning.callbacks"}
+_PACKAGES = {"lightning": "lightning.pytorch", "pytorch_lightning": "pytorch_lightning"}
 _META = "__fl_meta__"
+_EACH_RUNS_THE_SCRIPT = "_SubprocessScriptLauncher"
 
 
 def patch(
@@ -69,6 +73,10 @@ def patch(
     A validation that comes before the fit is one of the received model, and its figures are sent with the update; asked
     only to evaluate, the validation alone answers. A module's ``__fl_meta__`` dict is sent as ``meta``.
 
+    Of several processes each calls it, and this module's functions, as often as the others: ``is_running``,
+    ``is_train`` and ``is_evaluate`` say the same on all. They hold the received state bit for bit, and rank 0 sends.
+    Those that ``torchrun`` has not started, the trainer starts here.
+
     Args:
         trainer: A ``Trainer`` of ``lightning`` or ``pytorch_lightning``.
         restore_state: Whether optimizers and schedulers go on from where the round before left them.
@@ -76,29 +84,58 @@ def patch(
         update_fit_loop: Whether ``max_epochs`` and ``max_steps`` count for each round anew.
 
     Raises:
-        ClientApiError: If it is no Lightning trainer.
+        ClientApiError: If it is no Lightning trainer; or it has several processes, and they hold a part of the model
+            each, do not each run the script, or belong to a script inside its site's process.
     """
-    callback = _callback_class(trainer)(trainer, strict=load_state_dict_strict, again=update_fit_loop)
+    package = _package(trainer)
+    _meet(trainer, package)
+    callback_class: Any = type("FLCallback", (_Rounds, import_module(f"{package}.callbacks").Callback), {})
+    callback = callback_class(trainer, strict=load_state_dict_strict, again=update_fit_loop)
     callback.restores = restore_state
     trainer.callbacks.append(callback)
 
 
-def _callback_class(trainer: Any) -> Any:
-    """A callback of the package that the trainer is from: each of the two has a base class of its own."""
+def _package(trainer: Any) -> str:
+    """Where the trainer is from: each of the two packages has base classes of its own."""
     packages = [cls.__module__.partition(".")[0] for cls in type(trainer).__mro__ if cls.__name__ == "Trainer"]
     home = next((_PACKAGES[name] for name in packages if name in _PACKAGES), None)
     if home is None:
         raise ClientApiError(f"patch() must be given a Lightning trainer, got {type(trainer).__name__}.")
-    return type("FLCallback", (_Rounds, import_module(home).Callback), {})
+    return home
+
+
+def _meet(trainer: Any, package: str) -> None:
+    """Bring all processes together, before their first task: who waits for one must have somebody to tell of it."""
+    if trainer.world_size == 1:
+        together.alone()
+        api.ready(trainer.global_rank)
+        return
+    strategy, kinds = trainer.strategy, import_module(f"{package}.strategies")
+    if not isinstance(strategy, kinds.DDPStrategy) or isinstance(strategy, kinds.DeepSpeedStrategy):
+        raise ClientApiError(
+            f"patch() must be given a model that every process holds whole, got {type(strategy).__name__}. "
+            'Train with strategy="ddp".'
+        )
+    if type(strategy.launcher).__name__ != _EACH_RUNS_THE_SCRIPT:
+        raise ClientApiError(
+            'the processes of a trainer must each run the script, got spawned ones. Say strategy="ddp".'
+        )
+    if wire.VARIABLE not in os.environ:
+        raise ClientApiError(
+            f"a script inside its site's process must train in one process, got a trainer of {trainer.world_size}. "
+            "Say launch_external_process=True, or devices=1."
+        )
+    api.ready(trainer.global_rank)
+    strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+    together.join(trainer.global_rank)
 
 
 class _Rounds:
-    """The hooks. Only rank 0 talks to the site; the others are told through the trainer's strategy."""
+    """The hooks."""
 
     restores = True
 
     def __init__(self, trainer: Any, *, strict: bool, again: bool) -> None:
-        api.ready(trainer.global_rank)
         self._strict, self._again = strict, again
         self._per_round = (trainer.max_epochs, trainer.max_steps)
         self._task = ""
@@ -129,7 +166,7 @@ class _Rounds:
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """An explicit validation is one of the received model."""
         if self._is_explicit(trainer):
-            self._load(trainer, pl_module)
+            self._load(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep its figures, or answer with them if nothing else was asked for."""
@@ -137,11 +174,11 @@ class _Rounds:
             return
         self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self._task == "evaluate":
-            self._answer(trainer, FLModel(metrics=self._metrics))
+            self._answer(FLModel(metrics=self._metrics))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Train from the received model, whatever ran in between."""
-        self._load(trainer, pl_module)
+        self._load(pl_module)
         self._first_step = trainer.global_step
         self._is_fitting = True
 
@@ -151,7 +188,7 @@ class _Rounds:
         if self._task != "train":
             return
         meta = {STEPS: trainer.global_step - self._first_step} | dict(getattr(pl_module, _META, {}))
-        self._answer(trainer, FLModel(params=pl_module.state_dict(), metrics=self._metrics, meta=meta))
+        self._answer(FLModel(params=pl_module.state_dict(), metrics=self._metrics, meta=meta))
         trainer.num_sanity_val_steps = 0
         epochs, steps = self._per_round
         if self._again and epochs is not None and epochs > 0:
@@ -162,17 +199,10 @@ class _Rounds:
     def _is_explicit(self, trainer: Any) -> bool:
         return trainer.state.fn == "validate" and not self._is_fitting and self._metrics is None
 
-    def _load(self, trainer: Any, pl_module: Any) -> None:
-        model = api.receive() if trainer.global_rank == 0 else None
-        task = "" if model is None else "evaluate" if api.is_evaluate() else "train"
-        if trainer.world_size > 1:
-            model, task = trainer.strategy.broadcast((model, task), src=0)
-        if model is None:
-            raise SystemExit(0)  # the job is over, and so is the script
-        self._task = task
-        load_state(pl_module, model.params, strict=self._strict)
+    def _load(self, pl_module: Any) -> None:
+        together.load(pl_module, strict=self._strict)
+        self._task = "evaluate" if is_evaluate() else "train"
 
-    def _answer(self, trainer: Any, model: FLModel) -> None:
+    def _answer(self, model: FLModel) -> None:
         self._metrics, self._task = None, ""
-        if trainer.global_rank == 0:
-            api.send(model)
+        together.answer(model)

@@ -54,7 +54,10 @@ def submit(app: Path) -> str:
     except ValueError:
         answer = {}
     if done.returncode or not answer.get("success"):
-        raise EngineError(f"the SuperLink must take the app, got: {answer.get('error-message') or said}")
+        got = str(answer.get("error-message") or said)
+        raise EngineError(
+            f"the SuperLink must take the app, got: {got} Check its address, root_certificates, and `flwr login`."
+        )
     return str(answer["run-id"])
 
 

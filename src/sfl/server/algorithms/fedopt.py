@@ -77,11 +77,12 @@ class FedOpt(FedAvg):
         moved: Parameters = {}
         for name in [name for name in aggregate.delta if name in m]:
             delta = aggregate.delta.pop(name)
-            m[name], spread = _RULES[self.optimizer](self, delta, (m[name], v.get(name, m[name])))
+            first, spread = _RULES[self.optimizer](self, delta, (m[name], v.get(name, m[name])))
+            m[name] = np.asarray(first)  # arithmetic on an array without axes gives no array
             if name in v:
-                v[name] = spread
+                v[name] = np.asarray(spread)
             direction = m[name] / (np.sqrt(spread) + self.tau) if name in v else m[name].copy()
-            direction = direction.astype(sum_dtype(state.parameters[name]), copy=False)
+            direction = np.asarray(direction, dtype=sum_dtype(state.parameters[name]))
             moved[name] = step(state.parameters[name], direction, self.server_learning_rate)
         plain = replace(self, server_learning_rate=1.0)
         after = super(FedOpt, plain).finish(state, aggregate)
