@@ -19,7 +19,7 @@ from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.norms import NormBound
 from sfl.types import Array, Metrics, Parameters, StateTree
 
-__all__ = ["MEAN_ERROR", "TRUNCATION", "LoraAggregation", "LoraProductMean", "lora_aggregator"]
+__all__ = ["LoraAggregation", "LoraProductMean", "MEAN_ERROR", "TRUNCATION", "lora_aggregator"]  # noqa: RUF022 - plain order
 
 LoraAggregation: TypeAlias = Literal["mean", "exact", "freeze-a"]
 
