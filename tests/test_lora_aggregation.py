@@ -251,6 +251,8 @@ def test_it_needs_to_know_what_was_sent() -> None:
         LoraProductMean().aggregate(moved(model(), 2))
     with pytest.raises(RoundError, match="at least one update"):
         LoraProductMean().step([], Task(FIT, 1, model()), None)
+    with pytest.raises(RoundError, match=f"must answer the task that they are aggregated for, got '{A}'"):
+        LoraProductMean().step(moved(model(), 2), Task("own", 1, {}), None)
 
 
 def test_models_that_it_cannot_aggregate() -> None:
