@@ -251,6 +251,8 @@ def test_it_needs_to_know_what_was_sent() -> None:
         LoraProductMean().aggregate(moved(model(), 2))
     with pytest.raises(RoundError, match="at least one update"):
         LoraProductMean().step([], Task(FIT, 1, model()), None)
+    with pytest.raises(RoundError, match=f"must answer the task that they are aggregated for, got '{A}'"):
+        LoraProductMean().step(moved(model(), 2), Task("own", 1, {}), None)
 
 
 def test_models_that_it_cannot_aggregate() -> None:
@@ -444,3 +446,44 @@ def test_pairs_are_found_by_name() -> None:
     names = {"a.lora_A.weight": (2, 3), "a.lora_B.weight": (4, 2), "a.lora_B.bias": (4,), "b.lora_A.weight": (2, 3)}
     found = pairs({name: np.ones(shape) for name, shape in names.items()})
     assert found == [Pair("a.lora_A.weight", "a.lora_B.weight", 0, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers 5 for it
+def test_pairs_of_peft_begin_as_they_are_taken_to_and_train_on_after_a_round() -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    import torch
+
+    from sfl.train.module import copy_parameters, load_parameters
+
+    shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    module = peft.get_peft_model(base, config)
+    sent, ids = copy_parameters(module), torch.arange(16)[None]
+    assert len(pairs(sent)) == 2
+    for pair in pairs(sent):
+        assert not sent[pair.grown].any()
+        assert np.linalg.norm(sent[pair.frame]) > 0.1
+    updates = []
+    for site, rate in enumerate((0.01, 0.02)):
+        load_parameters(module, sent)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        updates.append(Update(f"site-{site}", arrays.subtract(copy_parameters(module), sent), 1.0))
+    after, figures = round_of(sent, updates)
+    assert figures[TRUNCATION] < 0.5
+    load_parameters(module, after)
+    module.zero_grad()
+    module(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            axis = 0 if "lora_A" in name or "lora_embedding_A" in name else 1
+            flat = np.moveaxis(np.asarray(parameter.grad), axis, 0) if parameter.grad is not None else np.zeros(1)
+            assert np.linalg.norm(flat.reshape(len(flat), -1), axis=1).min() > 0.0, (
+                "every direction must get a gradient"
+            )

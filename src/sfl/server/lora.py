@@ -19,7 +19,7 @@ from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.norms import NormBound
 from sfl.types import Array, Metrics, Parameters, StateTree
 
-__all__ = ["MEAN_ERROR", "TRUNCATION", "LoraAggregation", "LoraProductMean", "lora_aggregator"]
+__all__ = ["LoraAggregation", "LoraProductMean", "MEAN_ERROR", "TRUNCATION", "lora_aggregator"]  # noqa: RUF022 - plain order
 
 LoraAggregation: TypeAlias = Literal["mean", "exact", "freeze-a"]
 
@@ -90,13 +90,15 @@ class LoraProductMean(Aggregator):
         """The aggregate of a round; see the class.
 
         Raises:
-            RoundError: If there is no update.
+            RoundError: If there is no update, or one holds a name that was not sent.
             UpdateError: If one of them is not finite.
         """
         kept = list(updates)
         for update in kept:
             check_finite(update.site, update.delta)
         names = dict.fromkeys(name for update in kept for name in update.delta)
+        if strange := next((name for name in names if name not in task.parameters), None):
+            raise RoundError(f"updates must answer the task that they are aggregated for, got {strange!r} beyond it.")
         found = [pair for pair in pairs(task.parameters) if {pair.frame, pair.grown} <= set(names)]
         paired = {name for pair in found for name in (pair.frame, pair.grown)}
         plain = [replace(u, delta={n: v for n, v in u.delta.items() if n not in paired}) for u in kept]
