@@ -122,6 +122,12 @@ def with_adapters(model: nn.Module, config: LLMClientConfig, *, seed: int = 0) -
             f"lora_targets must be names of the model's layers, got {config.lora_targets or 'none'}: "
             f"{first_line(error)}"
         ) from error
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    if config.lora_aggregation == "freeze-a" and any("lora_embedding" in name for name in trained):
+        raise ConfigError(
+            "lora_targets must be no embeddings with lora_aggregation=freeze-a: of theirs it is A that grows, got "
+            f"{config.lora_targets}. Leave them out, or use another aggregation."
+        )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -101,10 +101,10 @@ class _Documents(Examples[TokenBatch]):
         width = max(len(part) for part in parts)
         ids = np.full((len(parts), width), self.padding, dtype=np.int64)
         targets = np.full((len(parts), width), IGNORED, dtype=np.int64)
+        real = np.zeros((len(parts), width), dtype=np.bool_)
         for row, part in enumerate(parts):
-            ids[row, : len(part)], targets[row, : len(part)] = part.ids, part.targets
-        real = np.arange(width) < np.array([[len(part)] for part in parts])
-        return TokenBatch(ids, targets, None, None if bool(real.all()) else np.asarray(real, dtype=np.bool_))
+            ids[row, : len(part)], targets[row, : len(part)], real[row, : len(part)] = part.ids, part.targets, True
+        return TokenBatch(ids, targets, None, None if real.all() else real)
 
 
 @dataclass(frozen=True)
