@@ -138,8 +138,8 @@ class LLMRunConfig(RunConfig):
         )
         if self.client.lora_aggregation == "exact" and feeds:
             raise ConfigError(
-                "lora_aggregation must be mean or freeze-a under error feedback, got exact, which gives the factors new "
-                "directions in each round: what was left out of one is of no use in the next. Use "
+                "lora_aggregation must be mean or freeze-a under error feedback, got exact, which gives the factors "
+                "new directions in each round: what was left out of one is of no use in the next. Use "
                 "--no-message-error-feedback, and leave --compress-error-feedback out."
             )
         if self.privacy.dpsgd and self.client.gradient_accumulation > 1:

@@ -144,7 +144,8 @@ class Packed(_Documents):
         full = len(ids) // size
         parts = [part[: full * size].reshape(full, size) for part in (ids, targets, positions)]
         rest = [part[full * size :][None, :] for part in (ids, targets, positions)]
-        return TokenBatch(*parts), TokenBatch(*rest) if rest[0].size else None
+        left = TokenBatch(rest[0], rest[1], rest[2]) if rest[0].size else None
+        return TokenBatch(parts[0], parts[1], parts[2]), left
 
 
 @dataclass(frozen=True)
