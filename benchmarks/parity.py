@@ -108,6 +108,23 @@ def robust(aggregator: Aggregator) -> Make:
     return made(FedAvgRecipe, aggregator=aggregator)
 
 
+def speeches(**options: Any) -> Make:
+    """Fine-tuning of the bundled language model, a play a site; ``options`` are of its clients and its messages."""
+
+    def make() -> FedAvgRecipe:
+        from sfl.llm.config import LLMClientConfig, LLMRunConfig
+        from sfl.llm.model import BUNDLED, find_model
+        from sfl.llm.server import llm_recipe
+
+        chosen = dict(options)
+        dtype = chosen.pop("message_dtype", "float32")
+        shared = FederationConfig(num_clients=SITES, num_rounds=2, partition="key:work", message_dtype=dtype)
+        client = LLMClientConfig(local_steps=2, batch_size=2, block_size=32, eval_documents=4, **chosen)
+        return llm_recipe(LLMRunConfig(federation=shared, client=client), find_model(BUNDLED))
+
+    return make
+
+
 ALGORITHMS: dict[str, Make] = {
     "fedavg": made(FedAvgRecipe),
     "fedprox": made(FedProxRecipe, proximal_mu=0.5),
@@ -123,6 +140,10 @@ ALGORITHMS: dict[str, Make] = {
     "trimmed-mean": robust(TrimmedMean(ratio=0.2)),
     "geometric-median": robust(GeometricMedian()),
     "centered-clipping": robust(CenteredClipping(radius=0.5)),
+    "llm, LoRA": speeches(),
+    "llm, LoRA, exact": speeches(lora_aggregation="exact", lora_ranks="8,8,4,4,2"),
+    "llm, prompt": speeches(peft="prompt"),
+    "llm, whole, int8": speeches(peft="none", message_dtype="int8"),
 }
 
 

@@ -31,6 +31,9 @@ from sfl.errors import ConfigError, EngineError, MissingExtraError, RoundError
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
 from sfl.esm2.model import BUNDLED, find_model
 from sfl.esm2.server import esm2_recipe
+from sfl.llm.config import LLMClientConfig, LLMRunConfig
+from sfl.llm.model import find_model as find_llm
+from sfl.llm.server import llm_recipe
 from sfl.privacy.filters import ErrorFeedback, TopK
 from sfl.recipe import (
     DittoRecipe,
@@ -77,6 +80,15 @@ def proteins() -> FedAvgRecipe:
     client = ESM2ClientConfig(local_steps=1, batch_size=2, max_length=32, eval_proteins=2)
     config = ESM2RunConfig(federation=FederationConfig(num_clients=2, num_rounds=1), client=client)
     return esm2_recipe(config, find_model(BUNDLED))
+
+
+def speeches() -> FedAvgRecipe:
+    """Adapters of different ranks, aggregated exactly, in coded messages without feedback."""
+    client = LLMClientConfig(
+        local_steps=1, batch_size=2, block_size=32, eval_documents=2, lora_aggregation="exact", lora_ranks="8,2"
+    )
+    federation = FederationConfig(num_clients=2, num_rounds=2, message_dtype="int8", message_error_feedback=False)
+    return llm_recipe(LLMRunConfig(federation=federation, client=client), find_llm(BUNDLED))
 
 
 def script(*, external: bool = False, path: Path = EXAMPLES / "train_numpy.py") -> FedAvgRecipe:
@@ -159,6 +171,7 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
 
 JOBS: dict[str, Callable[[], Recipe]] = {
     "proteins": proteins,
+    "speeches": speeches,
     "digits": digits,
     "sum": sum_recipe,
     "script": script,
@@ -184,6 +197,7 @@ def in_process(job: str) -> RunResult:
         ("ditto", FlowerSimEnv),
         ("swarm", FlareSimEnv),
         ("fedbuff", FlowerEnv),
+        *(("speeches", env) for env in (FlowerSimEnv, FlareSimEnv, FlowerEnv)),
         *((job, FlowerInFlareEnv) for job in ("proteins", "digits", "sum", "script")),
     ],
 )
