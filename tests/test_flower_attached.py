@@ -26,6 +26,7 @@ from sfl.engine.ports import free_ports
 from sfl.env import FlowerEnv, SimEnv
 from sfl.env.remote import child_environment
 from sfl.errors import ConfigError, EngineError
+from sfl.io.metrics import read_rounds
 from sfl.recipe import FedAvgRecipe
 from sfl.types import FederationConfig
 from test_engines import remembers
@@ -222,3 +223,54 @@ def test_what_names_no_superlink_is_refused(tmp_path: Path) -> None:
         FlowerEnv(superlink="fl.example.org:9093", root_certificates=tmp_path)
     with pytest.raises(ConfigError, match="superlink must be given with root_certificates and sites"):
         FlowerEnv(sites=("a",))
+
+
+OWN_APP = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "speeches"
+version = "1.0.0"
+description = "Fine-tunes a language model on speeches."
+license = "MIT"
+dependencies = ["flwr>=1.34"]
+
+[tool.flwr.app]
+publisher = "me"
+
+[tool.flwr.app.components]
+serverapp = "sfl.llm.server_app:app"
+clientapp = "sfl.llm.client_app:app"
+
+[tool.flwr.app.config]
+num-rounds = 1
+model = "bundled"
+local-steps = 1
+eval-documents = 2
+out = "{out}"
+"""
+
+
+@pytest.mark.slow
+def test_a_flower_app_of_ones_own_names_the_application(federation: Federation, tmp_path: Path) -> None:
+    app, out = tmp_path / "app", tmp_path / "run"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(OWN_APP.format(out=out))
+    run = json.loads(federation.flwr("run", str(app), "sfl", "--format", "json"))["run-id"]
+    deadline = time.monotonic() + 240
+    while not (status := status_of(federation, str(run))).startswith("finished"):
+        assert time.monotonic() < deadline, status
+        time.sleep(1.0)
+    assert status == "finished:completed", federation.flwr("log", str(run), "sfl", "--show")
+    assert (out / "model" / "adapter_model.safetensors").is_file()
+    assert "What the model says" in (out / "report.html").read_text()
+    trained = [row for row in read_rounds(out / "metrics.jsonl")[-1].sites if row.stage == "fit"]
+    assert [(row.site, row.status.value) for row in trained] == [(site, "used") for site in SITES]
+    left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("*/launch-*")]
+    assert left == []
+
+
+def status_of(federation: Federation, run: str) -> str:
+    listed = json.loads(federation.flwr("ls", "sfl", "--run-id", run, "--format", "json"))
+    return str(listed["runs"][0]["status"])

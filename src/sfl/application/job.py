@@ -19,6 +19,7 @@ from sfl.recipe import Environment, Recipe
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.train.pretrained import Pretrained
 from sfl.train.sources import absolute
+from sfl.types import Parameters
 from sfl.utils.config import Resolved
 from sfl.utils.logging import setup_logging
 
@@ -121,6 +122,14 @@ class Application(Generic[C]):
             say(line)
         return self._recipe(pinned, model)[0]
 
+    def export(self, config: C, parameters: Parameters, folder: RunFolder) -> None:
+        """Write the final model into a run's folder, and what it says into the report."""
+        from sfl.application.server import WorkloadServer
+
+        model = self.find_model(config.client.model)
+        device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
+        WorkloadServer(workload=self.workload(config, model), device=device).export(parameters, folder)
+
     def _kept(self, folder: RunFolder, resume: Path | None) -> Kept:
         return Kept(self.name, folder, resume=resume is not None)
 
@@ -139,12 +148,9 @@ class Application(Generic[C]):
         observers: Sequence[Observer],
         resume: bool,
     ) -> None:
-        from sfl.application.server import WorkloadServer
-
-        recipe, device = self._recipe(config, model)
+        recipe, _ = self._recipe(config, model)
         result = recipe.execute(env, out=folder.path, resume=resume, observers=observers)
-        server = WorkloadServer(workload=self.workload(config, model), device=device)
-        server.export(result.parameters, folder)
+        self.export(config, result.parameters, folder)
 
     def _pinned(self, config: C, model: Pretrained, resume: Path | None) -> C:
         """The configuration with everything that depends on today, this folder or the hub written out."""

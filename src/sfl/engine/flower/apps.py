@@ -30,17 +30,18 @@ def server_app(module: str) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         named, what = str(context.run_config["launch"]), str(context.run_config["what"])
         if named:
-            _serve(Launch(Path(named)), grid, what)
+            serve_launch(Launch(Path(named)), grid, what)
             return
         launch = carried_by_server(module, context.run_id)
         with telling(launch):
-            _serve(launch, grid, what)
+            serve_launch(launch, grid, what)
         bring_home(launch)
 
     return app
 
 
-def _serve(launch: Launch, grid: Grid, what: str) -> None:
+def serve_launch(launch: Launch, grid: Grid, what: str) -> None:
+    """Run the job of a launch over Flower's nodes; how it ended is in its outcome."""
     settings = launch.read_settings()
     names = list(settings["names"])
 
@@ -62,7 +63,7 @@ def site_app(module: str) -> ClientApp:
     """
 
     def place(context: Context) -> Place:
-        site = _site(context)
+        site = site_of(context)
         named = str(context.run_config["launch"])
         launch = Launch(Path(named)) if named else carried_by_site(module, context.run_id, site)
         return Place(launch, site, site, os.getppid())
@@ -70,7 +71,7 @@ def site_app(module: str) -> ClientApp:
     return client_app(place)
 
 
-def _site(context: Context) -> str:
+def site_of(context: Context) -> str:
     """The name that a node's operator gave it.
 
     Raises:
