@@ -2,10 +2,11 @@
 
     python benchmarks/large_model.py [--engines sim,sim-2,flower,...] [--megabytes 1000]
 
-Two sites whose work is one addition, one round: the model goes out, updates come back, the new model is evaluated on both
-sites, checkpointed, and comes home. Each engine runs in a fresh process; every process that it starts is looked at ten
-times a second. A figure is the process's largest resident size (`VmHWM`), of which the part in files and shared memory
-is said; in models: that, less what the same process takes with a model of five numbers, divided by the model's size.
+Two sites whose work is one addition, one round: the model goes out, updates come back, the new model is evaluated on
+both sites, checkpointed, and comes home. Each engine runs in a fresh process; every process that it starts is looked at
+ten times a second. A figure is the process's largest resident size (`VmHWM`), of which the part in files and shared
+memory is said; in models: that, less what the same process takes with a model of five numbers, divided by the model's
+size.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ def drive(engine: str, megabytes: int, folder: str) -> None:
 
     sys.path.insert(0, str(HERE))
     import large_client
-
     from sfl import FedAvgRecipe, FederationConfig
     from sfl.core import arrays
     from sfl.env import SimEnv, environment
@@ -121,11 +121,11 @@ def role_of(pid: int, driver: int) -> str:
 def marked(token: str) -> list[int]:
     """Processes that carry the token in their environment."""
     found: list[int] = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             try:
-                if f"{MARK}={token}".encode() in Path(f"/proc/{entry}/environ").read_bytes():
-                    found.append(int(entry))
+                if f"{MARK}={token}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
             except OSError:
                 continue
     return found
@@ -236,9 +236,10 @@ def write(rows: dict[str, list[str]]) -> None:
     head = [
         "# Memory of a round with a large model",
         "",
-        "Two sites, one round and one evaluation on each, the result written to a run folder. Sizes in MB (10^6 bytes).",
-        "Peak: the largest resident size of the largest process of its kind; in models: that, less what the same process",
-        "takes with a model of five numbers, by the model's size. Of the peak, memory that is shared or in files.",
+        "Two sites, one round and one evaluation on each, the result written to a run folder. Sizes in MB",
+        "(10^6 bytes). Peak: the largest resident size of the largest process of its kind; in models: that, less what the same",
+        "process takes with a model of five numbers, by the model's size. Shared or file: the most that it had mapped of",
+        "memory that is shared or in files, which its peak counts, too.",
         "",
         "| engine | process | itself | peak | in models | shared or file | seconds of the run | model, when |",
         "|---|---|---|---|---|---|---|---|",

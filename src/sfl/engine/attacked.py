@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sfl.core import arrays, sparse
+from sfl.core.events import TransferProgress
 from sfl.core.task import FIT, Reply, Status, Task
 from sfl.engine.attacker import ATTACKS, FLIP_LABELS, LABEL_FLIP, Attack, Scene
 from sfl.engine.base import Engine, owned
@@ -63,6 +64,10 @@ class AttackedEngine(Engine):
     def present(self, at_least: int) -> list[str]:
         """See ``Engine.present``."""
         return self._inner.present(at_least)
+
+    def watch(self, listener: Callable[[TransferProgress], object]) -> None:
+        """See ``Engine.watch``."""
+        self._inner.watch(listener)
 
     def remembers(self) -> StateTree:
         """What attackers replay, and what the inner engine remembers."""

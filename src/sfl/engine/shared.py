@@ -7,7 +7,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +27,16 @@ class Layout:
     @classmethod
     def of(cls, parameters: Mapping[str, Array]) -> Layout:
         """Arrays one after the other, each on a cache line of its own."""
+        return cls.at([(name, value.dtype.str, value.shape) for name, value in parameters.items()])
+
+    @classmethod
+    def at(cls, specs: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
+        """The same, of arrays that are said by name, dtype and shape."""
         entries: list[tuple[str, str, tuple[int, ...], int]] = []
         offset = 0
-        for name, value in parameters.items():
-            entries.append((name, value.dtype.str, value.shape, offset))
-            offset += -(-value.nbytes // _ALIGN) * _ALIGN
+        for name, dtype, shape in specs:
+            entries.append((name, dtype, shape, offset))
+            offset += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
         return cls(tuple(entries), max(offset, _ALIGN))
 
     @property
@@ -39,7 +44,7 @@ class Layout:
         """Room for any delta of these shapes, whatever its dtype. Pages that are never written cost nothing."""
         return sum(-(-math.prod(shape) * 8 // _ALIGN) * _ALIGN for _, _, shape, _ in self.entries) or _ALIGN
 
-    def views(self, buffer: mmap.mmap, *, writeable: bool) -> Parameters:
+    def views(self, buffer: mmap.mmap | memoryview, *, writeable: bool) -> Parameters:
         """The arrays inside ``buffer``, without a copy."""
         views: Parameters = {}
         for name, dtype, shape, offset in self.entries:

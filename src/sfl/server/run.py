@@ -95,6 +95,7 @@ class Run:
         self._stopped = ""
         self._examples: dict[str, float] = {}
         self._aggregator: StateTree = None
+        engine.watch(self.emit)
 
     def begin(self, state: ServerState | None) -> ServerState:
         """The state to start from: the given one, or round 0, evaluated and saved. Announces the run."""
