@@ -131,9 +131,9 @@ def marked(token: str) -> list[int]:
     return found
 
 
-def watch(engine: str, megabytes: int) -> tuple[dict[int, Seen], dict[str, float], int]:
-    """Run an engine; every process that was seen, what the run said, and the most that all had together."""
-    token, seen, most = uuid.uuid4().hex, dict[int, Seen](), 0
+def watch(engine: str, megabytes: int) -> tuple[dict[int, Seen], dict[str, float]]:
+    """Run an engine; every process that was seen, and what the run said."""
+    token, seen = uuid.uuid4().hex, dict[int, Seen]()
     with tempfile.TemporaryDirectory(prefix="large-", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, str(HERE / "large_model.py"), "--drive", engine, str(megabytes), folder]
         environ = {**os.environ, MARK: token, "OMP_NUM_THREADS": "1"}
@@ -146,34 +146,28 @@ def watch(engine: str, megabytes: int) -> tuple[dict[int, Seen], dict[str, float
             if looks % 5 == 0:
                 pids = marked(token)
             looks += 1
-            total = 0
             for pid in pids:
                 try:
-                    total += look(pid, process.pid, seen)
+                    look(pid, process.pid, seen)
                 except OSError:
                     continue
-            most = max(most, total)
             time.sleep(0.1)
         if process.returncode:
             tails = [path.read_text(errors="replace")[-2000:] for path in Path(folder).glob("run/logs/*.log")]
             raise RuntimeError(f"{engine} must succeed, got:\n{log.read_text()[-3000:]}\n" + "\n".join(tails))
-        return seen, json.loads((Path(folder) / "report.json").read_text()), most
+        return seen, json.loads((Path(folder) / "report.json").read_text())
 
 
-def look(pid: int, driver: int, seen: dict[int, Seen]) -> int:
-    """Note the sizes of a process; its proportional size now."""
+def look(pid: int, driver: int, seen: dict[int, Seen]) -> None:
+    """Note the sizes of a process."""
     if pid not in seen or seen[pid].role.startswith("python"):
         peak = seen[pid].peak if pid in seen else 0
         seen[pid] = Seen(role_of(pid, driver), peak)
     entry = seen[pid]
-    now = 0
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in _UNITS:
             setattr(entry, _UNITS[name], max(getattr(entry, _UNITS[name]), int(value.split()[0]) * 1024))
-        if name == "RssAnon":
-            now = int(value.split()[0]) * 1024
-    return now
 
 
 def by_role(seen: dict[int, Seen]) -> dict[str, Seen]:
@@ -187,7 +181,7 @@ def by_role(seen: dict[int, Seen]) -> dict[str, Seen]:
 def measure(engine: str, megabytes: int) -> list[str]:
     """Rows of the table."""
     bare = by_role(watch(engine, 0)[0])
-    seen, report, most = watch(engine, megabytes)
+    seen, report = watch(engine, megabytes)
     nbytes = report["nbytes"]
     rows: list[str] = []
     roles = by_role(seen)
@@ -201,7 +195,6 @@ def measure(engine: str, megabytes: int) -> list[str]:
             cells += [f"{max(entry.file, entry.shared) / 1e6:.0f}", f"{report['seconds']:.0f}"]
             rows.append("| " + " | ".join([*cells, f"{nbytes / 1e6:.0f} MB, {datetime.now(UTC):%Y-%m-%d}"]) + " |")
             print(rows[-1], flush=True)
-    print(f"  all together at once (private memory): {most / nbytes:.1f} models", flush=True)
     return rows
 
 
@@ -236,10 +229,10 @@ def write(rows: dict[str, list[str]]) -> None:
     head = [
         "# Memory of a round with a large model",
         "",
-        "Two sites, one round and one evaluation on each, the result written to a run folder. Sizes in MB",
-        "(10^6 bytes). Peak: the largest resident size of the largest process of its kind; in models: that, less what the same",
-        "process takes with a model of five numbers, by the model's size. Shared or file: the most that it had mapped of",
-        "memory that is shared or in files, which its peak counts, too.",
+        "Two sites, one round and one evaluation on each, the result written to a run folder. Sizes in MB.",
+        "Peak: the largest resident size of the largest process of its kind. In models: that, less what the same process",
+        "takes with a model of five numbers, by the model's size. Shared or file: the most that it had mapped of memory",
+        "that is shared or in files, which its peak counts, too.",
         "",
         "| engine | process | itself | peak | in models | shared or file | seconds of the run | model, when |",
         "|---|---|---|---|---|---|---|---|",

@@ -51,7 +51,7 @@ class Engine(ABC):
     def cancel(self, ticket: int) -> None:
         """Let go of what is outstanding of a send: sites may leave it undone, replies that come are dropped."""
 
-    def arrivals(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+    def incoming(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
         """Like ``replies``, but what is large may still lie at its site, until ``drawn`` brings it."""
         return self.replies(timeout, ticket=ticket)
 
@@ -93,7 +93,7 @@ class Engine(ABC):
             waiting: dict[str, Reply] = {}
             used = 0
             # without a limit, replies may come in the order of the cohort: then nobody could be late
-            for reply in self.arrivals(_LONG if enough and timeout is None else timeout, ticket=ticket):
+            for reply in self.incoming(_LONG if enough and timeout is None else timeout, ticket=ticket):
                 if reply.site not in open_sites or reply.site in waiting:
                     continue
                 in_turn = reply.site == next(iter(open_sites))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from sfl.types import Array, Parameters
 
 _ALIGN = 64
+_LARGE = 1 << 28  # bytes; below, to map pages anew would take longer than it is worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,12 @@ def write(views: Mapping[str, Array], values: Mapping[str, Array]) -> None:
         np.copyto(views[name], value)
 
 
+def leave(buffer: mmap.mmap) -> None:
+    """Take large shared memory off this process's account: what lies in it stays, and comes back when it is looked at."""
+    if len(buffer) >= _LARGE and sys.platform == "linux":
+        buffer.madvise(mmap.MADV_DONTNEED)
+
+
 class Published:
     """Parameters in memory that other processes map. It is let go with the last reference to it.
 
@@ -85,8 +93,10 @@ class Published:
     def __init__(self, layout: Layout) -> None:
         self.layout, self.descriptor = layout, open_anonymous(layout.nbytes)
         weakref.finalize(self, os.close, self.descriptor)
-        self._views = layout.views(mmap.mmap(self.descriptor, layout.nbytes), writeable=True)
+        self._buffer = mmap.mmap(self.descriptor, layout.nbytes)
+        self._views = layout.views(self._buffer, writeable=True)
 
     def write(self, parameters: Mapping[str, Array]) -> None:
         """Put ``parameters``, of this layout, in place of what was there."""
         write(self._views, parameters)
+        leave(self._buffer)

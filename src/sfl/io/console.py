@@ -22,6 +22,7 @@ from sfl.core.events import (
     SiteFinished,
     SiteLogged,
     StageStarted,
+    TransferProgress,
 )
 from sfl.core.task import EXAMPLE_EPSILON, Status
 from sfl.errors import ConfigError
@@ -137,6 +138,8 @@ class _Screen(_Closing):
                 self._start(event)
             case StageStarted():
                 self._stage(event)
+            case TransferProgress():
+                self._transfer(event)
             case SiteFinished():
                 self._site(event)
             case SiteLogged():
@@ -211,6 +214,10 @@ class _Screen(_Closing):
     def _stage(self, event: StageStarted) -> None:
         if self._bar is not None:
             self._bar.stage(event)
+
+    def _transfer(self, event: TransferProgress) -> None:
+        if self._bar is not None:
+            self._bar.transfer(event)
 
     def _logged(self, event: SiteLogged) -> None:
         for line in event.lines:

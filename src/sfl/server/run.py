@@ -219,9 +219,11 @@ class Run:
         self.emit(AggregationFinished(round=state.round, num_updates=count))
 
     def _began(self, task: Task, updates: Iterator[Update]) -> Iterator[Update]:
-        for number, update in enumerate(updates):
-            if number == 0:
+        has_begun = False  # counting with enumerate would keep each update while the next is waited for
+        for update in updates:
+            if not has_begun:
                 self.emit(AggregationStarted(round=task.round))
+            has_begun = True
             yield update
             del update
 

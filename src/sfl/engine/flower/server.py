@@ -160,11 +160,11 @@ class FlowerEngine(Engine):
 
     def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
         """Replies as they arrive."""
-        for reply in self.arrivals(timeout, ticket=ticket):
+        for reply in self.incoming(timeout, ticket=ticket):
             yield self.drawn(reply, timeout)
 
-    def arrivals(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
-        """See ``Engine.arrivals``."""
+    def incoming(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """See ``Engine.incoming``."""
         pause = _Pause(timeout)
         while True:
             at = next((at for at, reply in enumerate(self._aside) if ticket in (None, reply.ticket)), None)

@@ -188,11 +188,11 @@ class FlareEngine(Engine):
         Raises:
             EngineError: If the job is aborted.
         """
-        for reply in self.arrivals(timeout, ticket=ticket):
+        for reply in self.incoming(timeout, ticket=ticket):
             yield self.drawn(reply, timeout)
 
-    def arrivals(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
-        """See ``Engine.arrivals``.
+    def incoming(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """See ``Engine.incoming``.
 
         Raises:
             EngineError: If the job is aborted.
