@@ -75,7 +75,7 @@ def write(views: Mapping[str, Array], values: Mapping[str, Array]) -> None:
 
 
 def leave(buffer: mmap.mmap) -> None:
-    """Take large shared memory off this process's account: what lies in it stays, and comes back when it is looked at."""
+    """Take large shared memory off this process's account. What lies in it stays, and is there when it is looked at."""
     if len(buffer) >= _LARGE and sys.platform == "linux":
         buffer.madvise(mmap.MADV_DONTNEED)
 

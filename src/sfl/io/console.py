@@ -136,10 +136,8 @@ class _Screen(_Closing):
         match event:
             case RunStarted():
                 self._start(event)
-            case StageStarted():
-                self._stage(event)
-            case TransferProgress():
-                self._transfer(event)
+            case StageStarted() | TransferProgress():
+                self._live(event)
             case SiteFinished():
                 self._site(event)
             case SiteLogged():
@@ -211,12 +209,11 @@ class _Screen(_Closing):
             tail = f"{event.num_examples:g} examples · {span(event.seconds)} · {size(event.nbytes)}"
             self._say(("    ", ""), (f"{event.site} {event.stage}  {figures}  {tail}", "dim"))
 
-    def _stage(self, event: StageStarted) -> None:
-        if self._bar is not None:
+    def _live(self, event: StageStarted | TransferProgress) -> None:
+        """What only the bar shows."""
+        if self._bar is not None and isinstance(event, StageStarted):
             self._bar.stage(event)
-
-    def _transfer(self, event: TransferProgress) -> None:
-        if self._bar is not None:
+        elif self._bar is not None:
             self._bar.transfer(event)
 
     def _logged(self, event: SiteLogged) -> None:
