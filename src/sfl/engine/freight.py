@@ -108,7 +108,7 @@ class Freight:
         """A task's text, with what its site must know of pieces."""
         if task.name == FIT:
             self._most[ticket] = _WIDER * sum(value.nbytes for value in task.parameters.values()) + pieces.ABOVE
-        return json.dumps({**json.loads(text), "above": pieces.ABOVE, "oldest": self._oldest()})
+        return json.dumps({**json.loads(text), "above": pieces.ABOVE, "oldest": min(ticket, self._oldest())})
 
     def load(self, ticket: int, site: str, text: str, arrays: Parameters) -> Reply | None:
         """Begin to load a task's arrays into its site's process; the reply of a site that cannot be reached."""
@@ -201,7 +201,8 @@ class Freight:
         while transfer.todo and len(transfer.under_way) < _AHEAD:
             start, stop = transfer.todo.popleft()
             what = {"load": [start, transfer.nbytes]} if transfer.source is not None else {"draw": [start, stop]}
-            said = {"format": FORMAT, "exchange": transfer.ticket, "life": self._life, "oldest": self._oldest()}
+            said = {"format": FORMAT, "exchange": transfer.ticket, "life": self._life}
+            said["oldest"] = min(transfer.ticket, self._oldest())
             arrays: Parameters = {} if transfer.source is None else transfer.source.read(start, stop)
             key = self._post(transfer.site, json.dumps({**said, **what}), arrays)
             self._by_key[key] = transfer

@@ -143,7 +143,10 @@ def layout_of(said: object) -> Layout:
         listed: Any = said
         if len(listed) > _MOST_ARRAYS:
             raise ValueError(f"{len(listed)} arrays")
-        return Layout.at([_spec(*entry) for entry in listed])
+        specs = [_spec(*entry) for entry in listed]
+        if len({name for name, _, _ in specs}) != len(specs):
+            raise ValueError("a name stands there twice")
+        return Layout.at(specs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"arrays must be said by name, dtype and shape, got {said!r:.80}: {error}.") from error
 
