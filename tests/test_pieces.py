@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -388,8 +388,8 @@ class Remembered(BaseFederatedClient):
     """Looks whether what the site before it has sent is still there."""
 
     lends_arrays = True
-    sent: list[weakref.ref[Any]] = []
-    alive: list[int] = []
+    sent: ClassVar[list[weakref.ref[Any]]] = []
+    alive: ClassVar[list[int]] = []
 
     def compute_update(self, parameters: Parameters, config: Config) -> ClientUpdate:
         Remembered.alive.append(sum(ref() is not None for ref in Remembered.sent))
