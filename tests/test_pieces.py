@@ -30,6 +30,7 @@ from sfl.engine.pieces import Source, Target, layout_of, spans
 from sfl.engine.wire import pack_reply, pack_task
 from sfl.env import SimEnv
 from sfl.errors import EngineError
+from sfl.privacy.dp import GaussianMechanism
 from sfl.server.run import Hooks, Run
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 from test_flower_greeting import a_task  # noqa: F401 - a fixture
@@ -382,6 +383,25 @@ def test_progress_is_told_to_the_end_of_every_large_transfer(
             assert steps == sorted(set(steps))
             assert len(steps) > 1
             assert steps[-1] == next(e.total for e in told if (e.site, e.direction) == (site, direction))
+
+
+@pytest.mark.parametrize(("where", "shown"), [("none", 2), ("local", 2), ("central", 1)])
+def test_how_long_an_update_is_that_only_a_sum_protects_is_told_to_nobody(where: str, shown: int) -> None:
+    noise = GaussianMechanism(clip_norm=1.0, noise_multiplier=1.0, where="local" if where == "local" else "central")
+    recipe = FedAvgRecipe(
+        name="hidden",
+        client=clients.Remembers,
+        initial_parameters={"w": np.zeros(3, np.float32)},
+        mechanisms=() if where == "none" else (noise,),
+        federation=FederationConfig(num_clients=3, num_rounds=1),
+    )
+    events: list[Event] = []
+    engine = FlowerEngine(Grid(), NAMES)  # pyright: ignore[reportArgumentType]
+    Run(recipe.build(), engine, Hooks(observers=[events.append]))
+    for direction in ("down", "up"):
+        told = TransferProgress(site="site-1", direction=direction, done=1, total=2)
+        engine._freight._listen(told)  # pyright: ignore[reportOptionalCall]
+    assert len(events) == shown
 
 
 class Remembered(BaseFederatedClient):

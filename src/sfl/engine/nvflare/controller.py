@@ -169,7 +169,10 @@ class FlareEngine(Engine):
         task = FlareTask(name=name, data=data, result_received_cb=received, task_done_cb=done)
         if isinstance(key, int):
             self._tasks.setdefault(key, []).append(task)
-        self._controller.broadcast(task, self._context, targets=list(sites), min_responses=len(sites))
+        if not isinstance(key, int):  # of a piece that is broadcast, FLARE would make a copy
+            self._controller.send(task, self._context, targets=list(sites))
+        else:
+            self._controller.broadcast(task, self._context, targets=list(sites), min_responses=len(sites))
 
     def _post(self, site: str, text: str, arrays: Parameters) -> Key:
         """Schedule what carries a piece, or asks for one."""
