@@ -27,7 +27,7 @@ Post: TypeAlias = Callable[[str, str, Parameters], Key]
 PATIENCE = 600.0
 """Seconds that one piece of a reply may take, where a round has no limit of its own."""
 _AHEAD = 2  # pieces on their way to or from one site at a time
-_WIDER = 8  # times a model: no update of numbers is larger beside it, whatever their dtype
+_WIDER = 16  # times what was sent: an update of wider numbers, beside a model that was sent in narrow ones
 _SHOWN, _PAUSE = 100_000_000, 1.0  # bytes from which a transfer is shown; seconds between two words of it
 
 

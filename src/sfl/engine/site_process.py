@@ -236,8 +236,9 @@ def _converse(connection: Connection, host: SiteHost, holding: Holding, turn: _T
 
 def _passed(holding: Holding, site: str, text: str, arrays: bytes) -> tuple[str, bytes] | None:
     """The answer to a message that carries, or asks for, a piece; ``None`` if it is another."""
+    said = _said(text)
     try:
-        passed = holding.passed(site, _said(text), load(arrays))
+        passed = holding.passed(site, said, load(arrays) if "load" in said else {})
     except (EngineError, SafetensorError) as error:
         return _failed(site, text, error)
     return None if passed is None else (passed[0], save(passed[1]))

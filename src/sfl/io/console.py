@@ -211,9 +211,11 @@ class _Screen(_Closing):
 
     def _live(self, event: StageStarted | TransferProgress) -> None:
         """What only the bar shows."""
-        if self._bar is not None and isinstance(event, StageStarted):
+        if self._bar is None:
+            return
+        if isinstance(event, StageStarted):
             self._bar.stage(event)
-        elif self._bar is not None:
+        else:
             self._bar.transfer(event)
 
     def _logged(self, event: SiteLogged) -> None:

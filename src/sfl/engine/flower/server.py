@@ -109,8 +109,7 @@ class FlowerEngine(Engine):
                 self._put(ticket, there, text, arrays)
         for site in sites:
             if site not in where:
-                reason = f"{site}: its node has left the federation"
-                self._aside.append(Reply(site, Status.FAILED, reason=reason, ticket=ticket))
+                self._aside.append(_gone(ticket, site))
 
     def _put(self, ticket: int, sites: Sequence[str], text: str, arrays: Parameters) -> None:
         """Push a task as one message to each site."""
@@ -122,10 +121,13 @@ class FlowerEngine(Engine):
 
     def _post(self, site: str, text: str, arrays: Parameters) -> Key:
         """Push what carries a piece, or asks for one."""
-        where = self._where()
-        if site not in where:
+        node = self._where().get(site)
+        if node is None:
             raise ValueError("its node has left the federation")
-        return next(iter(self._grid.push_messages([Message(pack(text, arrays), where[site], MessageType.QUERY)])))
+        sent = next(iter(self._grid.push_messages([Message(pack(text, arrays), node, MessageType.QUERY)])), None)
+        if sent is None:
+            raise ValueError("the SuperLink took no message for it")
+        return sent
 
     def _where(self) -> dict[str, int]:
         return {site: node for node, site in self._nodes.items() if site}
@@ -210,8 +212,10 @@ class FlowerEngine(Engine):
                 self._aside.append(self._arrived(errand, message))
                 continue
             follows = self._freight.came(sent, _content(message))
-            if isinstance(follows, Ready):
+            if isinstance(follows, Ready) and follows.site in self._where():
                 self._put(follows.ticket, [follows.site], follows.text, {})
+            elif isinstance(follows, Ready):
+                self._aside.append(_gone(follows.ticket, follows.site))
             elif follows is not None:
                 self._aside.append(follows)
         return found
@@ -324,6 +328,10 @@ def _site_name(message: Message) -> str:
         return str(json.loads(text)["site"])
     except (ValueError, KeyError, TypeError):
         return ""
+
+
+def _gone(ticket: int, site: str) -> Reply:
+    return Reply(site, Status.FAILED, reason=f"{site}: its node has left the federation", ticket=ticket)
 
 
 def _content(message: Message) -> tuple[str, Parameters] | str:

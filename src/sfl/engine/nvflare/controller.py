@@ -112,7 +112,7 @@ class FlareEngine(Engine):
         self._ids = {name: index for index, name in enumerate(names)}
         self._last, self._life = 0, secrets.token_hex(8)
         self._open: dict[int, set[str]] = {}  # by ticket, the sites that have not answered
-        self._tasks: dict[int, list[FlareTask]] = {}
+        self._tasks: dict[Key, list[FlareTask]] = {}  # by ticket, or of a piece
         self._behind: list[tuple[int, Task, str]] = []  # each waits until what was sent before is at its site
         self._arrived: queue.SimpleQueue[tuple[Key, str, Any]] = queue.SimpleQueue()
         self._aside: list[Reply] = []  # known, and not drawn
@@ -167,8 +167,7 @@ class FlareEngine(Engine):
                 self._arrived.put((key, site, why))
 
         task = FlareTask(name=name, data=data, result_received_cb=received, task_done_cb=done)
-        if isinstance(key, int):
-            self._tasks.setdefault(key, []).append(task)
+        self._tasks.setdefault(key, []).append(task)
         if not isinstance(key, int):  # of a piece that is broadcast, FLARE would make a copy
             self._controller.send(task, self._context, targets=list(sites))
         else:
@@ -240,6 +239,7 @@ class FlareEngine(Engine):
             self._end(self._read(key, site, content))
 
     def _carried(self, key: Key, answer: tuple[str, Parameters] | str) -> None:
+        self._tasks.pop(key, None)
         follows = self._freight.came(key, answer)
         if isinstance(follows, Ready):
             name = TASKS.get(json.loads(follows.text)["name"], OTHER)
@@ -270,9 +270,11 @@ class FlareEngine(Engine):
         self._behind = [entry for entry in self._behind if entry[0] != ticket]
         self._freight.cancel(ticket)
         self._aside = [reply for reply in self._aside if reply.ticket != ticket]
-        for task in self._tasks.pop(ticket, []):
-            if task.completion_status is None:
-                self._controller.cancel_task(task)
+        wanted = {*self._open, *self._freight.keys}
+        for key in [key for key in self._tasks if key not in wanted]:
+            for task in self._tasks.pop(key):
+                if task.completion_status is None:
+                    self._controller.cancel_task(task)
         self._go_on()
 
     def describe(self) -> str:
@@ -281,7 +283,7 @@ class FlareEngine(Engine):
 
     def close(self) -> None:
         """Leave no standing task behind."""
-        for ticket in list(self._tasks):
+        for ticket in (*self._open, self._last):
             self.cancel(ticket)
 
 
