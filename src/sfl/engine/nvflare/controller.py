@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import secrets
@@ -34,6 +35,7 @@ EVENTS = "sfl.events"
 """Name under which an admin asks a running job for its events."""
 
 _CHECK = 0.05  # seconds between two looks at the abort signal
+_SWEPT = 4  # pieces after which circles are swept: what FLARE keeps of a message refers to itself, the piece in it
 _MOST_EVENTS = 1 << 20  # bytes of events in one answer
 
 
@@ -116,7 +118,7 @@ class FlareEngine(Engine):
         self._behind: list[tuple[int, Task, str]] = []  # each waits until what was sent before is at its site
         self._arrived: queue.SimpleQueue[tuple[Key, str, Any]] = queue.SimpleQueue()
         self._aside: list[Reply] = []  # known, and not drawn
-        self._posted = 0
+        self._posted = self._answered = 0  # pieces
         self._freight = Freight(self._post, self._life, self._oldest)
 
     def clients(self) -> list[str]:
@@ -240,6 +242,9 @@ class FlareEngine(Engine):
 
     def _carried(self, key: Key, answer: tuple[str, Parameters] | str) -> None:
         self._tasks.pop(key, None)
+        self._answered += 1
+        if self._answered % _SWEPT == 0:
+            gc.collect()
         follows = self._freight.came(key, answer)
         if isinstance(follows, Ready):
             name = TASKS.get(json.loads(follows.text)["name"], OTHER)
