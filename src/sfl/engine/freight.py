@@ -6,7 +6,9 @@ holds; the server draws it when its turn comes, so until then it takes no memory
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -145,6 +147,7 @@ class Freight:
         text = self._said.pop(key, None)
         if text is None:
             return reply
+        _trim()
         self._draw(*key, text)
         deadline = time.monotonic() + limit
         while key not in self._drawn:
@@ -259,6 +262,13 @@ def _accepted(answer: tuple[str, Parameters] | str, transfer: _Transfer, start: 
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a piece must be answered with what was asked, got {text!r:.80}") from error
     return arrays
+
+
+def _trim() -> None:
+    """Give memory that messages took, and that nothing is in any more, back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _rejected(ticket: int, site: str, why: str) -> Reply:
