@@ -165,10 +165,7 @@ def train(args: argparse.Namespace) -> None:
         step, epoch, spent, tokens = state["step"], state["epoch"] + 1, state["seconds"], state["tokens"]
         best = state["best"]
     size = sum(len(d) for d in documents)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} speeches, {size} tokens",
-        flush=True,
-    )
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} speeches, {size} tokens", flush=True)
     window: collections.deque[float] = collections.deque(maxlen=100)
     started = time.monotonic()
     budget = 60 * args.minutes
@@ -257,10 +254,7 @@ def card(args: argparse.Namespace) -> None:
     MODEL.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(MODEL)
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        model_max_length=state["length"],
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", model_max_length=state["length"]
     ).save_pretrained(MODEL)
     (MODEL / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     parameters = sum(p.numel() for p in model.parameters())
