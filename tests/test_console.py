@@ -12,12 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from sfl.core.events import Event, Notice, RoundFinished, RunFinished, RunStarted, SiteFinished, StageStarted
+from sfl.core.events import (
+    Event,
+    Notice,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SiteFinished,
+    StageStarted,
+    TransferProgress,
+)
 from sfl.core.task import Status
 from sfl.errors import ConfigError
 from sfl.io import words
 from sfl.io.console import console_observer
+from sfl.io.progress import LiveBar
 from sfl.types import LogFormat
 from sfl.utils.logging import setup_logging
 
@@ -145,6 +156,38 @@ def test_json_is_one_object_an_event() -> None:
     assert events[-2]["evaluation"]["loss"] == "NaN"
 
 
+def moving(site: str, done: int, direction: str = "down") -> TransferProgress:
+    return TransferProgress(site=site, direction=direction, done=done, total=10**9)
+
+
+def test_the_live_line_says_how_far_large_transfers_are_until_they_are_there() -> None:
+    start, *_ = run()
+    assert isinstance(start, RunStarted)
+    bar = LiveBar(Console(file=io.StringIO()), start)
+    try:
+        bar.stage(StageStarted(round=1, stage="fit", cohort=("a", "b", "c")))
+        for site_, done in (("a", 3 * 10**8), ("b", 10**8), ("a", 4 * 10**8)):
+            bar.transfer(moving(site_, done))
+        assert bar._note() == "to a 40% of 1.0 GB, to b 10% of 1.0 GB"
+        bar.transfer(moving("c", 5))
+        assert bar._note().endswith("to b 10% of 1.0 GB, …")
+        for site_ in "ac":
+            bar.transfer(moving(site_, 10**9))
+        bar.transfer(moving("b", 6 * 10**8, "up"))
+        assert bar._note() == "from b 60% of 1.0 GB"
+        bar.site(site(1, "b"))
+        assert bar._note() == "waiting for a, c"
+    finally:
+        bar.stop()
+
+
+def test_transfers_are_events_for_programs_and_no_lines_for_people() -> None:
+    assert json.loads(said(iter([moving("a", 5, "up")]), "json")) | {"time": ""} == {
+        "event": "TransferProgress", "time": "", "site": "a", "direction": "up", "done": 5, "total": 10**9,
+    }  # fmt: skip
+    assert said(iter([moving("a", 5)]), "simple", verbose=True) == ""
+
+
 @pytest.mark.parametrize("columns", [40, 80, 120])
 def test_on_a_terminal_there_are_a_bar_colours_and_no_line_too_long(
     columns: int, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +198,7 @@ def test_on_a_terminal_there_are_a_bar_colours_and_no_line_too_long(
         for event in run(bad="a long reason " * 12, reason="because"):
             observer(event)
             observer(Notice(text="careful", level="warning")) if isinstance(event, StageStarted) else None
+            observer(moving("site-1", 5)) if isinstance(event, StageStarted) else None
     text = stream.getvalue()
     assert "\x1b[?25l" in text
     assert text.rindex("\x1b[?25h") > text.rindex("━"), "the bar is gone and the cursor is back"

@@ -123,6 +123,16 @@ def steered(kind: Callable[..., FedAvgRecipe], **options: object) -> FedAvgRecip
     )
 
 
+def large() -> FedAvgRecipe:
+    return FedAvgRecipe(
+        name="large",
+        client=clients.Remembers,
+        initial_parameters=clients.large,
+        evaluate_every=0,
+        federation=FederationConfig(num_clients=2, num_rounds=1),
+    )
+
+
 def figures(result: RunResult) -> list[object]:
     """All that a run reports, without times."""
     return [
@@ -180,6 +190,7 @@ JOBS: dict[str, Callable[[], Recipe]] = {
     "ditto": lambda: steered(DittoRecipe),
     "swarm": lambda: steered(SwarmRecipe),
     "fedbuff": lambda: steered(FedBuffRecipe, buffer=3),
+    "large": large,
 }
 EVERYWHERE = ("proteins", "digits", "sum", "script", "mixes", "remembers")
 
@@ -198,6 +209,7 @@ def in_process(job: str) -> RunResult:
         ("swarm", FlareSimEnv),
         ("fedbuff", FlowerEnv),
         *(("speeches", env) for env in (FlowerSimEnv, FlareSimEnv, FlowerEnv)),
+        *(("large", env) for env in SIMULATORS),  # what is larger than a message may be travels in pieces
         *((job, FlowerInFlareEnv) for job in ("proteins", "digits", "sum", "script")),
     ],
 )

@@ -234,6 +234,7 @@ class Site:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused right after
             delta = _delta(self.name, updated, model, in_place=client.lends_arrays)
             delta = rule.after(client, task.parameters, delta)
+        client.terms = replace(client.terms, anchor=None)  # a client that stays would keep the model that was sent
         update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
         if self._program.chain.transforms:
             generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)

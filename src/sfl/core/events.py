@@ -80,6 +80,23 @@ class SiteFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransferProgress:
+    """A large model, or a large update, is on its way; said about once a second, and at its end.
+
+    Attributes:
+        site: To or from whom.
+        direction: ``"down"`` to the site, ``"up"`` from it.
+        done: Bytes that have arrived.
+        total: Bytes in all.
+    """
+
+    site: str
+    direction: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLogged:
     """What a site's own code logged during a task, at INFO and above."""
 
@@ -167,6 +184,7 @@ Event: TypeAlias = (
     RunStarted
     | RoundStarted
     | StageStarted
+    | TransferProgress
     | SiteLogged
     | SiteFinished
     | AggregationStarted

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sfl.core import arrays
+from sfl.core.events import TransferProgress
 from sfl.core.task import FIT, Reply, Status, Task
 from sfl.core.unpack import unpacked
 from sfl.engine.attacker import ATTACKS, FLIP_LABELS, LABEL_FLIP, Attack, Scene
@@ -64,6 +65,10 @@ class AttackedEngine(Engine):
     def present(self, at_least: int) -> list[str]:
         """See ``Engine.present``."""
         return self._inner.present(at_least)
+
+    def watch(self, listener: Callable[[TransferProgress], object]) -> None:
+        """See ``Engine.watch``."""
+        self._inner.watch(listener)
 
     def remembers(self) -> StateTree:
         """What attackers replay, and what the inner engine remembers."""

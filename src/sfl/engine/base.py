@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
 from sfl.core import arrays
+from sfl.core.events import TransferProgress
 from sfl.core.task import END, Reply, Status, Task
 from sfl.types import StateTree
 
@@ -50,6 +51,17 @@ class Engine(ABC):
     def cancel(self, ticket: int) -> None:
         """Let go of what is outstanding of a send: sites may leave it undone, replies that come are dropped."""
 
+    def incoming(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        """Like ``replies``, but what is large may still lie at its site, until ``drawn`` brings it."""
+        return self.replies(timeout, ticket=ticket)
+
+    def drawn(self, reply: Reply, timeout: float | None = None) -> Reply:  # noqa: ARG002
+        """The whole reply, of one that has arrived; each part of it may take ``timeout`` seconds."""
+        return reply
+
+    def watch(self, listener: Callable[[TransferProgress], object]) -> None:  # noqa: B027 - most have nothing to tell
+        """Call ``listener`` as large transfers go on."""
+
     def present(self, at_least: int) -> list[str]:  # noqa: ARG002
         """Sites that could begin a task now, sorted; it may wait until there are ``at_least`` so many."""
         return self.clients()
@@ -81,20 +93,23 @@ class Engine(ABC):
             waiting: dict[str, Reply] = {}
             used = 0
             # without a limit, replies may come in the order of the cohort: then nobody could be late
-            for reply in self.replies(_LONG if enough and timeout is None else timeout, ticket=ticket):
+            for reply in self.incoming(_LONG if enough and timeout is None else timeout, ticket=ticket):
                 if reply.site not in open_sites or reply.site in waiting:
                     continue
                 in_turn = reply.site == next(iter(open_sites))
                 waiting[reply.site] = reply if in_turn else owned(reply)
                 while (site := next(iter(open_sites), None)) in waiting:
                     del open_sites[site]
-                    yield waiting.pop(site)
+                    yield self.drawn(waiting.pop(site), timeout)
                 used += reply.status is Status.USED
                 del reply  # what it holds is let go before the next is drawn
                 if 0 < enough <= used:
                     break
             for site in open_sites:
-                yield waiting[site] if site in waiting else _missing(site, timeout, used if enough else 0)
+                there = site in waiting
+                yield (
+                    self.drawn(waiting.pop(site), timeout) if there else _missing(site, timeout, used if enough else 0)
+                )
         finally:
             self.cancel(ticket)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import sys
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from sfl.types import Array, Parameters
 
 _ALIGN = 64
+_LARGE = 1 << 28  # bytes; below, to map pages anew would take longer than it is worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,16 @@ class Layout:
     @classmethod
     def of(cls, parameters: Mapping[str, Array]) -> Layout:
         """Arrays one after the other, each on a cache line of its own."""
+        return cls.at([(name, value.dtype.str, value.shape) for name, value in parameters.items()])
+
+    @classmethod
+    def at(cls, specs: Sequence[tuple[str, str, tuple[int, ...]]]) -> Layout:
+        """The same, of arrays that are said by name, dtype and shape."""
         entries: list[tuple[str, str, tuple[int, ...], int]] = []
         offset = 0
-        for name, value in parameters.items():
-            entries.append((name, value.dtype.str, value.shape, offset))
-            offset += -(-value.nbytes // _ALIGN) * _ALIGN
+        for name, dtype, shape in specs:
+            entries.append((name, dtype, shape, offset))
+            offset += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGN) * _ALIGN
         return cls(tuple(entries), max(offset, _ALIGN))
 
     @property
@@ -39,7 +46,7 @@ class Layout:
         """Room for any delta of these shapes, whatever its dtype. Pages that are never written cost nothing."""
         return sum(-(-math.prod(shape) * 8 // _ALIGN) * _ALIGN for _, _, shape, _ in self.entries) or _ALIGN
 
-    def views(self, buffer: mmap.mmap, *, writeable: bool) -> Parameters:
+    def views(self, buffer: mmap.mmap | memoryview, *, writeable: bool) -> Parameters:
         """The arrays inside ``buffer``, without a copy."""
         views: Parameters = {}
         for name, dtype, shape, offset in self.entries:
@@ -67,6 +74,12 @@ def write(views: Mapping[str, Array], values: Mapping[str, Array]) -> None:
         np.copyto(views[name], value)
 
 
+def leave(buffer: mmap.mmap) -> None:
+    """Take large shared memory off this process's account. What lies in it stays, and is there when it is looked at."""
+    if len(buffer) >= _LARGE and sys.platform == "linux":
+        buffer.madvise(mmap.MADV_DONTNEED)
+
+
 class Published:
     """Parameters in memory that other processes map. It is let go with the last reference to it.
 
@@ -80,8 +93,10 @@ class Published:
     def __init__(self, layout: Layout) -> None:
         self.layout, self.descriptor = layout, open_anonymous(layout.nbytes)
         weakref.finalize(self, os.close, self.descriptor)
-        self._views = layout.views(mmap.mmap(self.descriptor, layout.nbytes), writeable=True)
+        self._buffer = mmap.mmap(self.descriptor, layout.nbytes)
+        self._views = layout.views(self._buffer, writeable=True)
 
     def write(self, parameters: Mapping[str, Array]) -> None:
         """Put ``parameters``, of this layout, in place of what was there."""
         write(self._views, parameters)
+        leave(self._buffer)

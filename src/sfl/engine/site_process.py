@@ -21,6 +21,7 @@ from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import Any
 
 import psutil
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from safetensors.numpy import load, save
 from sfl.core import sparse
 from sfl.core.task import FIT, Reply, Status
 from sfl.core.unpack import is_packed
+from sfl.engine.holding import Holding
 from sfl.engine.host import SiteHost
 from sfl.engine.launch import Launch
 from sfl.engine.wire import pack_reply, unpack_task
@@ -153,6 +155,7 @@ def serve(launch: Launch, key: str, keeper: int) -> None:
     """Answer messages, whoever brings them, until the keeper is gone."""
     threading.Thread(target=_end_with, args=(keeper,), daemon=True, name="keeper-watch").start()
     host, turn = SiteHost(launch.host(_place(launch, key))), _Turn()
+    holding = Holding(alone=key in launch.read_settings()["names"])
     if idle := float(launch.read_settings().get("idle", 0)):
         threading.Thread(target=turn.end_after, args=(idle,), daemon=True, name="idle-watch").start()
     secret = secrets.token_bytes(32)
@@ -163,7 +166,7 @@ def serve(launch: Launch, key: str, keeper: int) -> None:
                 connection = _prompt(listener.accept())
             except (OSError, EOFError, AuthenticationError):  # somebody without the secret, or who has gone at once
                 continue
-            threading.Thread(target=_converse, args=(connection, host, turn), daemon=True).start()
+            threading.Thread(target=_converse, args=(connection, host, holding, turn), daemon=True).start()
 
 
 def _place(launch: Launch, key: str) -> int:
@@ -189,8 +192,12 @@ class _Turn:
         self._lock.acquire()
 
     def __exit__(self, *_: object) -> None:
-        self._last = time.monotonic()
+        self.note()
         self._lock.release()
+
+    def note(self) -> None:
+        """Somebody is there."""
+        self._last = time.monotonic()
 
     def end_after(self, idle: float) -> None:
         """End this process when nobody has had a turn for so long."""
@@ -201,7 +208,7 @@ class _Turn:
                     os._exit(0)
 
 
-def _converse(connection: Connection, host: SiteHost, turn: _Turn) -> None:
+def _converse(connection: Connection, host: SiteHost, holding: Holding, turn: _Turn) -> None:
     """Answer one process of the engine."""
     with connection:
         while True:
@@ -213,26 +220,56 @@ def _converse(connection: Connection, host: SiteHost, turn: _Turn) -> None:
             except (EOFError, OSError):
                 return
             try:
-                with turn:
+                turn.note()
+                answered = _passed(holding, site.decode(), text.decode(), arrays)
+                if answered is None:
+                    with turn:
+                        connection.send_bytes(_BEGUN)
+                        answered = _answer(host, holding, site.decode(), text.decode(), arrays)
+                else:  # a piece, which waits for nobody's work
                     connection.send_bytes(_BEGUN)
-                    answer, delta = _answer(host, site.decode(), text.decode(), arrays)
+                answer, delta = answered
                 connection.send_bytes(answer.encode())
                 connection.send_bytes(delta)
             except OSError:
                 return
 
 
-def _answer(host: SiteHost, site: str, text: str, arrays: bytes) -> tuple[str, bytes]:
-    """The reply to one message, whatever it is."""
+def _passed(holding: Holding, site: str, text: str, arrays: bytes) -> tuple[str, bytes] | None:
+    """The answer to a message that carries, or asks for, a piece; ``None`` if it is another."""
+    said = _said(text)
     try:
-        order = unpack_task(text, load(arrays), site)
+        passed = holding.passed(site, said, load(arrays) if "load" in said else {})
     except (EngineError, SafetensorError) as error:
-        return pack_reply(_exchange_of(text), Reply(site, Status.FAILED, reason=str(error)))[0], save({})
+        return _failed(site, text, error)
+    return None if passed is None else (passed[0], save(passed[1]))
+
+
+def _answer(host: SiteHost, holding: Holding, site: str, text: str, arrays: bytes) -> tuple[str, bytes]:
+    """The reply to one task, whatever it is."""
+    try:
+        holding.before_work()
+        order = unpack_task(text, holding.parameters(site, _said(text), load(arrays)), site)
+    except (EngineError, SafetensorError) as error:
+        return _failed(site, text, error)
     reply = host.run(site, order)
     if reply.update is not None and order.task.name == FIT and not is_packed(reply.update.delta):
         reply = replace(reply, update=replace(reply.update, delta=sparse.packed(reply.update.delta)))
-    answer, delta = pack_reply(order.exchange, reply)
+    answer, delta = holding.kept(site, _said(text), *pack_reply(order.exchange, reply))
     return answer, save(dict(delta))
+
+
+def _failed(site: str, text: str, error: Exception) -> tuple[str, bytes]:
+    return pack_reply(_exchange_of(text), Reply(site, Status.FAILED, reason=str(error)))[0], save({})
+
+
+def _said(text: str) -> dict[str, Any]:
+    """What a message says; nothing if it is none of ours."""
+    try:
+        said: object = json.loads(text)
+    except ValueError:
+        return {}
+    return {str(name): value for name, value in said.items()} if isinstance(said, dict) else {}
 
 
 def _exchange_of(text: str) -> int:

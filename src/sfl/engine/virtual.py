@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sfl.core import arrays
+from sfl.core.events import TransferProgress
 from sfl.core.task import EVALUATE, Reply, Task
 from sfl.engine.base import Engine
 from sfl.engine.clock import SiteProfile
@@ -98,6 +99,10 @@ class VirtualEngine(Engine):
             self._flying.remove(one)
             self._inner.cancel(one.inner)
             self._free[one.site] = min(self._free.get(one.site, 0.0), self._now)
+
+    def watch(self, listener: Callable[[TransferProgress], object]) -> None:
+        """See ``Engine.watch``."""
+        self._inner.watch(listener)
 
     def remembers(self) -> StateTree:
         """The time, and when those will be done who are at work."""

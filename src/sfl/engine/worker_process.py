@@ -13,7 +13,7 @@ from pickle import PicklingError
 from typing import Any
 
 from sfl.core.task import Reply, Status
-from sfl.engine.shared import Published, open_anonymous
+from sfl.engine.shared import Published, leave, open_anonymous
 from sfl.engine.worker import Answer, Assignment, Command, Memory, main
 from sfl.errors import ConfigError
 from sfl.train.devices import thread_environment
@@ -164,6 +164,8 @@ class WorkerProcess:
 
     def _free(self) -> None:
         """Let the worker write its next delta."""
+        if self._slot is not None:
+            leave(self._slot)
         try:
             self._frees.send(None)
         except OSError:

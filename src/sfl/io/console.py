@@ -22,6 +22,7 @@ from sfl.core.events import (
     SiteFinished,
     SiteLogged,
     StageStarted,
+    TransferProgress,
 )
 from sfl.core.task import EXAMPLE_EPSILON, Status
 from sfl.errors import ConfigError
@@ -135,8 +136,8 @@ class _Screen(_Closing):
         match event:
             case RunStarted():
                 self._start(event)
-            case StageStarted():
-                self._stage(event)
+            case StageStarted() | TransferProgress():
+                self._live(event)
             case SiteFinished():
                 self._site(event)
             case SiteLogged():
@@ -208,9 +209,14 @@ class _Screen(_Closing):
             tail = f"{event.num_examples:g} examples · {span(event.seconds)} · {size(event.nbytes)}"
             self._say(("    ", ""), (f"{event.site} {event.stage}  {figures}  {tail}", "dim"))
 
-    def _stage(self, event: StageStarted) -> None:
-        if self._bar is not None:
+    def _live(self, event: StageStarted | TransferProgress) -> None:
+        """What only the bar shows."""
+        if self._bar is None:
+            return
+        if isinstance(event, StageStarted):
             self._bar.stage(event)
+        else:
+            self._bar.transfer(event)
 
     def _logged(self, event: SiteLogged) -> None:
         for line in event.lines:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sfl.core.events import RoundFinished, RunStarted, SiteFinished, StageStarted
-from sfl.io.words import cohort, one_line
+from sfl.core.events import RoundFinished, RunStarted, SiteFinished, StageStarted, TransferProgress
+from sfl.io.words import cohort, one_line, size
 
 __all__ = ["LiveBar"]
+
+_MOVING_SHOWN = 2
 
 
 class LiveBar:
@@ -16,6 +18,7 @@ class LiveBar:
 
     def __init__(self, console: Console, run: RunStarted) -> None:
         self._waiting: list[str] = []
+        self._moving: dict[str, TransferProgress] = {}
         self._progress = Progress(
             TextColumn("{task.description}", style="cyan"),
             BarColumn(bar_width=24),
@@ -32,7 +35,7 @@ class LiveBar:
 
     def stage(self, event: StageStarted) -> None:
         """A new stage: the lower line starts again."""
-        self._waiting = list(event.cohort)
+        self._waiting, self._moving = list(event.cohort), {}
         self._progress.reset(
             self._sites,
             total=max(len(event.cohort), 1),
@@ -45,7 +48,15 @@ class LiveBar:
         """One site less to wait for."""
         if event.site in self._waiting:
             self._waiting.remove(event.site)
+            self._moving.pop(event.site, None)
             self._progress.update(self._sites, advance=1, note=self._note())
+
+    def transfer(self, event: TransferProgress) -> None:
+        """How far a large model or update has come, until it is there."""
+        self._moving[event.site] = event
+        if event.done >= event.total:
+            del self._moving[event.site]
+        self._progress.update(self._sites, note=self._note())
 
     def round(self, event: RoundFinished) -> None:
         """The round is over."""
@@ -57,4 +68,11 @@ class LiveBar:
         self._progress.stop()
 
     def _note(self) -> str:
-        return f"waiting for {cohort(self._waiting)}" if self._waiting else ""
+        words = [_words(event) for event in self._moving.values()]
+        shown = words if len(words) <= _MOVING_SHOWN else [*words[:_MOVING_SHOWN], "…"]
+        return ", ".join(shown) or (f"waiting for {cohort(self._waiting)}" if self._waiting else "")
+
+
+def _words(event: TransferProgress) -> str:
+    where = "from" if event.direction == "up" else "to"
+    return f"{where} {one_line(event.site)} {event.done / event.total:.0%} of {size(event.total)}"

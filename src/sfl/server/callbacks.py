@@ -74,6 +74,9 @@ class Callback:
     def on_stage_started(self, run: RunView, event: events.StageStarted) -> None:
         """A task goes out."""
 
+    def on_transfer_progress(self, run: RunView, event: events.TransferProgress) -> None:
+        """A large model or update is on its way."""
+
     def on_site_finished(self, run: RunView, event: events.SiteFinished) -> None:
         """A site has ended a task, in whatever way."""
 

@@ -25,6 +25,7 @@ from sfl.core.events import (
     SiteFinished,
     SiteLogged,
     StageStarted,
+    TransferProgress,
 )
 from sfl.core.task import (
     EVALUATE,
@@ -97,6 +98,7 @@ class Run:
         self._stopped = ""
         self._examples: dict[str, float] = {}
         self._aggregator: StateTree = None
+        engine.watch(self._moving)
 
     def begin(self, state: ServerState | None) -> ServerState:
         """The state to start from: the given one, or round 0, evaluated and saved. Announces the run."""
@@ -229,9 +231,11 @@ class Run:
         self.emit(AggregationFinished(round=state.round, num_updates=count))
 
     def _began(self, task: Task, updates: Iterator[Update]) -> Iterator[Update]:
-        for number, update in enumerate(updates):
-            if number == 0:
+        has_begun = False  # counting with enumerate would keep each update while the next is waited for
+        for update in updates:
+            if not has_begun:
                 self.emit(AggregationStarted(round=task.round))
+            has_begun = True
             yield update
             del update
 
@@ -405,6 +409,11 @@ class Run:
             f"round {task.round} must have at least {minimum} usable updates, got {got} of "
             f"{got + len(reasons)}. Mend the sites below or lower min_available_clients.\n  {listed}"
         )
+
+    def _moving(self, event: TransferProgress) -> None:
+        """How far a large transfer is. How long a protected update is tells how much of it is zero."""
+        if event.direction == "down" or not self._hides_updates:
+            self.emit(event)
 
     def emit(self, event: Event) -> None:
         """Tell observers, then callbacks."""

@@ -34,7 +34,8 @@ def simulate(launch: Launch) -> None:
     @app.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 - Flower hands it over
         what = f"Flower simulation, {settings['workers']} workers"
-        resolve_server()(launch, lambda: FlowerEngine(grid, names, what=what))
+        abreast = int(settings["workers"]) + 1
+        resolve_server()(launch, lambda: FlowerEngine(grid, names, what=what, abreast=abreast))
 
     _look_sooner(max(_LOOK, _LOOK_OF_ONE * len(names)))
     run_simulation(
