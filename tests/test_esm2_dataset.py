@@ -216,7 +216,7 @@ BAD_FILES = {
     "crc.gz": (gzip.compress(FASTA.encode())[:-8] + b"\0" * 8, "whole gzip data"),
     "torn.parquet": (b"PAR1junk", "must be a Parquet file"),
     "text.parquet": (b"hello", "must be a Parquet file"),
-    "invalid.fasta": (b">P1\nMK1\n>P2\n\n", r"got 2 records \(1 invalid, 1 empty\).*P1 at position 3: '1'"),
+    "invalid.fasta": (b">P1\nMK1\n>P2\n\n", r"got 2 records \(1 empty, 1 invalid\).*P1 at position 3: '1'"),
     "header.fasta": (b">", r"got 1 records \(1 empty\)"),
     "nosequence.csv": (
         b"id,sequnce\n1,MKT",
@@ -338,7 +338,7 @@ def test_site_files(tmp_path: Path) -> None:
     assert list(load_sites(f"{folder}/*.fasta")[0]) == ["a", "b", "c"]
     assert list(load_sites(f"{folder}/c.fasta,{folder}/a.fasta")[0]) == ["c", "a"]
     assert list(load_sites(f"{folder}/a.fasta,{folder}/a.fasta")[0]) == ["a", "a-2"]
-    assert load_proteins(str(folder))[1].duplicate == 3
+    assert load_proteins(str(folder))[1].dropped["duplicate"] == 3
 
 
 def test_site_files_that_hold_nothing_of_their_own(tmp_path: Path) -> None:

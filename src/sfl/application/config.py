@@ -12,7 +12,7 @@ from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.config import AggregationConfig
 from sfl.types import ClientConfig, FederationConfig, LoggingConfig
 
-__all__ = ["RESUMABLE", "ModelConfig", "RunConfig"]
+__all__ = ["ModelConfig", "RESUMABLE", "RunConfig"]  # noqa: RUF022 - plain order
 
 RESUMABLE: Final = (
     "num_rounds",

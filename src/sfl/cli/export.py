@@ -111,7 +111,7 @@ def _recipe(job: str, script: ScriptOptions, overrides: dict[str, object]) -> tu
     options = options_of(APPLICATIONS["esm2"].config)
     odd = [options[name].flag for name in overrides if options[name].section == "client" and name != "device"]
     if odd:
-        raise ConfigError(f"{', '.join(odd)} must come with the job of an application, got another. Leave it out.")
+        raise ConfigError(f"{', '.join(odd)} must come with the job esm2 or llm, got another. Leave it out.")
     if script.train_script is not None:
         return script.recipe(federation), device
     from sfl.server.app import sum_recipe

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sfl.application.config import ModelConfig, RunConfig
 from sfl.errors import ConfigError
 
-__all__ = ["MAX_RESIDUES", "ESM2ClientConfig", "ESM2RunConfig"]
+__all__ = ["ESM2ClientConfig", "ESM2RunConfig", "MAX_RESIDUES"]  # noqa: RUF022 - plain order
 
 MAX_RESIDUES = 1022
 """Residues that ESM2 was trained on at once: 1024 tokens less the two that open and close a protein."""

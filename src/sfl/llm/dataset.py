@@ -19,11 +19,11 @@ from sfl.train.federated import Federated, Shares, federate, most_frequent
 from sfl.train.sources import Shelf, Source, content, is_parquet, is_table, names_of_sites, text_of
 from sfl.train.tables import Table, csv_table, hub_table, json_table, parquet_table, saved_table
 
-__all__ = [
-    "TEXTS",
+__all__ = [  # noqa: RUF022 - plain order
     "CleaningReport",
     "Document",
     "FederatedDocuments",
+    "TEXTS",
     "federate_documents",
     "figures",
     "load_documents",

@@ -8,7 +8,16 @@ from typing import Any, TypeAlias, cast
 
 from sfl.train.cleaning import CleaningReport, Dropped
 
-__all__ = ["ATTRIBUTES", "COMPLETION", "PROMPT", "TEXT", "Document", "Turns", "clean", "turns_of"]
+__all__ = [  # noqa: RUF022 - plain order
+    "ATTRIBUTES",
+    "COMPLETION",
+    "Document",
+    "PROMPT",
+    "TEXT",
+    "Turns",
+    "clean",
+    "turns_of",
+]
 
 TEXT, PROMPT, COMPLETION = "text", "prompt", "completion"
 _COMPLETIONS = ("completion", "response", "output", "answer")
