@@ -9,7 +9,7 @@ from typing import Any
 from sfl.llm.model import bundled_folder
 
 VOCABULARY = 2048
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def save_tiny(
