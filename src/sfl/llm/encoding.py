@@ -25,24 +25,30 @@ def encode(documents: Sequence[Document], tokenizer: Any, max_length: int = 0) -
     Raises:
         DataError: A conversation meets a tokenizer without a template for it.
     """
-    found = [_encoded(document.turns, tokenizer) for document in documents]
+    parts = [_parts(document.turns) for document in documents]
+    texts = [text for each in parts for text, _ in each]
+    coded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+    found = [
+        _joined(tokenizer, [(next(coded), is_learnt) for _, is_learnt in each])
+        if each
+        else _conversation(document.turns, tokenizer)
+        for document, each in zip(documents, parts, strict=True)
+    ]
     return tuple(tokens.cut(0, max_length) if max_length else tokens for tokens in found)
 
 
-def _encoded(turns: Turns, tokenizer: Any) -> Tokens:
+def _parts(turns: Turns) -> list[tuple[str, bool]]:
+    """The texts of a document, and whether each is learnt; none of a conversation, which is the template's."""
     roles = [role for role, _ in turns]
     if roles == [TEXT]:
-        return _joined(tokenizer, [(turns[0][1], True)])
-    if roles == [PROMPT, COMPLETION]:
-        return _joined(tokenizer, [(turns[0][1], False), (turns[1][1], True)])
-    return _conversation(turns, tokenizer)
+        return [(turns[0][1], True)]
+    return [(turns[0][1], False), (turns[1][1], True)] if roles == [PROMPT, COMPLETION] else []
 
 
-def _joined(tokenizer: Any, parts: Sequence[tuple[str, bool]]) -> Tokens:
+def _joined(tokenizer: Any, parts: Sequence[tuple[list[int], bool]]) -> Tokens:
     ids = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     learnt = [False] * len(ids)
-    for text, is_learnt in parts:
-        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for more, is_learnt in parts:
         ids += more
         learnt += [is_learnt] * len(more)
     return Tokens.of([*ids, int(tokenizer.eos_token_id)], [*learnt, True])
