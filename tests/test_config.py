@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sfl.errors import ConfigError
 from sfl.esm2.config import ESM2ClientConfig, ESM2RunConfig
+from sfl.llm.config import LLMRunConfig
 from sfl.types import FederationConfig, LoggingConfig
 from sfl.utils import config as public
 from sfl.utils.config import EXCLUSIVE, dump_yaml, load_config, options_of, resolve, to_dict
@@ -166,14 +167,20 @@ def test_to_dict_has_sections() -> None:
     assert to_dict(ESM2RunConfig())["client"]["learning_rate"] == 5e-4
 
 
-@pytest.mark.parametrize("names", [["default.yaml"], ["esm2.yaml"], ["default.yaml", "esm2.yaml"]])
-def test_the_files_that_are_shipped_say_the_defaults(names: list[str]) -> None:
-    assert esm2(yaml_files=[ROOT / "config" / name for name in names]).config == ESM2RunConfig()
+SHIPPED = {"esm2": ESM2RunConfig, "llm": LLMRunConfig}
 
 
-def test_the_files_that_are_shipped_name_every_option() -> None:
-    text = "".join((ROOT / "config" / name).read_text(encoding="utf-8") for name in ("default.yaml", "esm2.yaml"))
-    assert not [name for name in options_of(ESM2RunConfig) if f"{name}: " not in text]
+@pytest.mark.parametrize("job", SHIPPED)
+def test_the_files_that_are_shipped_say_the_defaults(job: str) -> None:
+    for names in (["default.yaml"], [f"{job}.yaml"], ["default.yaml", f"{job}.yaml"]):
+        files = [ROOT / "config" / name for name in names]
+        assert resolve(SHIPPED[job], yaml_files=files, environ={}, overrides={}).config == SHIPPED[job]()
+
+
+@pytest.mark.parametrize("job", SHIPPED)
+def test_the_files_that_are_shipped_name_every_option(job: str) -> None:
+    text = "".join((ROOT / "config" / name).read_text(encoding="utf-8") for name in ("default.yaml", f"{job}.yaml"))
+    assert not [name for name in options_of(SHIPPED[job]) if f"{name}: " not in text]
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
