@@ -216,6 +216,38 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny: Path) -> None:
     assert mixed.total.item() != pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "falcon", "gemma2", "mamba"])
+def test_documents_do_not_meet_in_models_that_know_of_no_packing(architecture: str) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "opt": {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2},
+        "bloom": {"hidden_size": 16, "n_head": 2},
+        "falcon": {"hidden_size": 16, "num_attention_heads": 2},
+        "gemma2": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        "mamba": {"hidden_size": 16},
+    }[architecture]
+    config = transformers.AutoConfig.for_model(architecture, vocab_size=2048, num_hidden_layers=2, **sizes)
+    torch.default_generator.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    documents = drawn(1, [6, 1, 9, 3, 7, 2])
+    with torch.no_grad():
+        packed = [lm_loss(module, batch) for batch in Packed(documents, 2, 64).evaluation(np.random.default_rng(0))]
+        apart = [lm_loss(module, alone(module, document)) for document in documents]
+    assert sum(each.count for each in packed) == sum(each.count for each in apart)
+    total = sum(float(each.total) for each in apart)
+    assert sum(float(each.total) for each in packed) == pytest.approx(total, rel=1e-5)
+
+
+def test_whether_a_model_knows_of_packing_is_tried_without_a_trace(tiny: Path) -> None:
+    module = load_model(find_model(str(tiny))).train()
+    before = torch.default_generator.get_state()
+    assert lm_loss(module, next(Packed(drawn(1, [5, 9]), 1, 14).epoch(np.random.default_rng(0)))).count == 12
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
 def test_padded_rows_are_worth_their_documents(tiny: Path) -> None:
     module = load_model(find_model(str(tiny))).eval()
     documents = drawn(3, [7, 12, 9, 31])

@@ -43,7 +43,7 @@ def find_model(name: str | None) -> Pretrained:
 
 
 def load_model(source: Pretrained, *, dtype: str = "float32", seed: int = 0) -> nn.Module:
-    """A causal language model with SDPA attention; what a checkpoint lacks starts at random, with a warning.
+    """A causal language model, with SDPA attention where it has it; what a checkpoint lacks is random, with a warning.
 
     Args:
         source: Which model.
@@ -59,7 +59,7 @@ def load_model(source: Pretrained, *, dtype: str = "float32", seed: int = 0) -> 
     torch.default_generator.manual_seed(seed)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source.location, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # a foreign folder can break transformers in any way
         raise ModelError(
