@@ -23,7 +23,7 @@ from sfl.llm.model import BUNDLED, bundled_folder, find_model, load_model, load_
 from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
 from sfl.llm.workload import LLMWorkload
 from sfl.privacy.config import PrivacyConfig
-from sfl.train.module import exchanged, lend_parameters, load_parameters
+from sfl.train.module import exchanged, lend_parameters, load_parameters, release_resident
 from sfl.train.trainer import Trainer
 
 
@@ -348,3 +348,34 @@ def test_no_target_is_worth_nothing(tiny: Path) -> None:
     found = lm_loss(module, batch)
     assert (found.count, found.total.item(), int(found.correct)) == (0, 0.0, 0)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_a_checkpoint_lacks_is_the_same_in_every_process(tmp_path: Path) -> None:
+    import transformers
+
+    folder = save_tiny(tmp_path / "llama", "llama")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    whole.model.save_pretrained(folder)  # without its untied head
+    workload = LLMWorkload(config=LLMRunConfig(client=LLMClientConfig(block_size=32)), model=find_model(str(folder)))
+    heads: list[torch.Tensor] = []
+    adapters: list[torch.Tensor] = []
+    for seed in (0, 7):  # a site's, and the server's
+        release_resident()
+        found = dict(workload.module("cpu", seed=seed).named_parameters())
+        heads.append(next(value for name, value in found.items() if "lm_head" in name).detach())
+        adapters.append(next(value for name, value in found.items() if "lora_A" in name).detach())
+    release_resident()
+    assert torch.equal(*heads)
+    assert not torch.equal(*adapters)
+
+
+@pytest.mark.parametrize("client", [{}, {"peft": "prompt", "prompt_tokens": 11}])
+def test_what_is_said_has_a_place_in_the_model(client: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "short", positions=19)
+    config = LLMRunConfig(client=LLMClientConfig(block_size=8, **client))
+    workload = LLMWorkload(config=config, model=find_model(str(folder)))
+    release_resident()
+    said = workload.shown(workload.module("cpu"))
+    release_resident()
+    assert len(said) == 3
+    assert all(text for text, _ in said)
