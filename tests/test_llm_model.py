@@ -379,3 +379,13 @@ def test_what_is_said_has_a_place_in_the_model(client: dict[str, Any], tmp_path:
     release_resident()
     assert len(said) == 3
     assert all(text for text, _ in said)
+
+
+@pytest.mark.parametrize(("targets", "warns"), [("lm_head", True), ("wte", True), ("c_attn", False)])
+def test_adapters_that_must_not_be_merged_are_named(
+    targets: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_model(find_model(str(save_tiny(tmp_path / "tied"))))
+    with caplog.at_level("WARNING", logger="sfl.llm"):
+        with_adapters(base, LLMClientConfig(lora_targets=targets))
+    assert ("do not merge" in caplog.text) == warns

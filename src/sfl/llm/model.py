@@ -128,10 +128,21 @@ def with_adapters(model: nn.Module, config: LLMClientConfig, *, seed: int = 0) -
             "lora_targets must be no embeddings with lora_aggregation=freeze-a: of theirs it is A that grows, got "
             f"{config.lora_targets}. Leave them out, or use another aggregation."
         )
+    _warn_of_ties(cast("Any", model), trained)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return cast("nn.Module", adapted)
+
+
+def _warn_of_ties(model: Any, trained: list[str]) -> None:
+    """Of adapters on one of two layers that share a weight: merged, they change the other, too."""
+    both = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    if len({id(getattr(layer, "base_layer", layer).weight) for layer in both}) == len(both):
+        return
+    adapted = {name for name, module in model.named_modules() if any(module is layer for layer in both)}
+    if found := [name for name in adapted if any(f".{name}.lora_" in parameter for parameter in trained)]:
+        _LOG.warning("%s shares its weight with another layer: do not merge its adapter, that changes both", found[0])
 
 
 def _adapters(peft: Any, model: nn.Module, config: LLMClientConfig) -> Any:
