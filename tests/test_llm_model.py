@@ -16,8 +16,9 @@ from torch import nn
 
 from llm_models import save_tiny
 from sfl.core.lora import pairs
-from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
+from sfl.llm.documents import Document
 from sfl.llm.loss import lm_loss, lm_losses
 from sfl.llm.model import BUNDLED, bundled_folder, find_model, load_model, load_tokenizer, with_adapters
 from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
@@ -389,3 +390,15 @@ def test_adapters_that_must_not_be_merged_are_named(
     with caplog.at_level("WARNING", logger="sfl.llm"):
         with_adapters(base, LLMClientConfig(lora_targets=targets))
     assert ("do not merge" in caplog.text) == warns
+
+
+def test_documents_of_which_nothing_is_learnt_have_no_perplexity_of_one(tiny: Path) -> None:
+    long, short = "who goes there in the dead of night", "ho"
+    records = [Document("", (("prompt", text), ("completion", "a friend"))) for text in (long, short)]
+    options = LLMClientConfig(block_size=32, max_length=5)
+    workload = LLMWorkload(config=LLMRunConfig(client=options), model=find_model(str(tiny)))
+    assert len(workload.examples(records)) == 2
+    with pytest.raises(DataError, match="Raise max_length"):
+        workload.examples(records[:1])
+    private = replace(workload, config=LLMRunConfig(client=options, privacy=PrivacyConfig(dpsgd=True)))
+    assert len(private.examples(records[:1])) == 1

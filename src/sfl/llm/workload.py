@@ -16,14 +16,14 @@ from torch import nn
 from sfl.application.workload import Workload
 from sfl.core import rng
 from sfl.core.lora import restored, restricted
-from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMRunConfig
 from sfl.llm.dataset import CleaningReport, FederatedDocuments, federate_documents, figures, load_documents, load_sites
 from sfl.llm.documents import Document
 from sfl.llm.encoding import encode
 from sfl.llm.loss import lm_loss, lm_losses
 from sfl.llm.model import load_model, load_tokenizer, save_model, with_adapters
-from sfl.llm.tokens import Packed, Rows, TokenBatch, Tokens
+from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
 from sfl.privacy.config import PrivacyConfig
 from sfl.train.dpsgd import ExampleLosses
 from sfl.train.module import resident
@@ -112,9 +112,18 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         return not self.config.privacy.dpsgd and self.config.client.peft in ("lora", "none")
 
     def examples(self, records: Sequence[Document]) -> Packed | Rows:
-        """Documents as tokens in rows."""
+        """Documents as tokens in rows.
+
+        Raises:
+            DataError: If in none of them a token is to be learnt. Under DP-SGD that is not said: it is of the data.
+        """
         client = self.config.client
         documents = _encoded(self, tuple(records))
+        if documents and not self.config.privacy.dpsgd and all((d.targets == IGNORED).all() for d in documents):
+            raise DataError(
+                f"documents must have a token to learn, got none in {len(documents)} documents"
+                f"{f', of which {client.max_length} tokens are used. Raise max_length' if client.max_length else ''}."
+            )
         kind = Packed if self.is_packed else Rows
         return kind(documents, client.batch_size, client.block_size, int(self.tokenizer().eos_token_id))
 
