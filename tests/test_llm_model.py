@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from llm_models import save_tiny
+from sfl.application.server import WorkloadServer
 from sfl.core.lora import pairs
 from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
@@ -24,6 +25,7 @@ from sfl.llm.model import BUNDLED, bundled_folder, find_model, load_model, load_
 from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
 from sfl.llm.workload import LLMWorkload
 from sfl.privacy.config import PrivacyConfig
+from sfl.server.robust.config import AggregationConfig
 from sfl.train.module import exchanged, lend_parameters, load_parameters, release_resident
 from sfl.train.trainer import Trainer
 
@@ -390,6 +392,15 @@ def test_adapters_that_must_not_be_merged_are_named(
     with caplog.at_level("WARNING", logger="sfl.llm"):
         with_adapters(base, LLMClientConfig(lora_targets=targets))
     assert ("do not merge" in caplog.text) == warns
+
+
+def test_the_servers_own_update_freezes_what_sites_freeze(tiny: Path) -> None:
+    options = LLMClientConfig(block_size=32, local_steps=2, lora_aggregation="freeze-a")
+    config = LLMRunConfig(client=options, aggregation=AggregationConfig(aggregation="fltrust"))
+    server = WorkloadServer(workload=LLMWorkload(config=config, model=find_model(str(tiny))))
+    update = server.root_update(server.initial_parameters(), 1)
+    release_resident()
+    assert {name for name, value in update.items() if value.any()} == {name for name in update if "lora_B" in name}
 
 
 def test_documents_of_which_nothing_is_learnt_have_no_perplexity_of_one(tiny: Path) -> None:
