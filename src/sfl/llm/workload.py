@@ -179,8 +179,9 @@ class LLMWorkload(Workload[Document, TokenBatch]):
 
     @property
     def shows(self) -> bool:
-        """What a language model says is worth seeing."""
-        return True
+        """What a language model says is worth seeing; not in a private run whose prompts come from sites' own files."""
+        privacy, partition = self.config.privacy, self.config.federation.partition
+        return not (partition == "files" and (privacy.dp or privacy.dpsgd))
 
     def shown(self, module: nn.Module) -> list[tuple[str, str]]:
         """What the model says, taking the likeliest token each time, to the first words of texts that no site has."""
