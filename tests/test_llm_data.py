@@ -177,6 +177,9 @@ def test_a_conversation_needs_a_template(tokenizer: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(DataError, match="a chat template, got one without"):
         encode([document], tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(DataError, match=r"takes, got the roles (user|user, assistant): roles must alternate"):
+        encode([document], tokenizer)
     last = "{{ messages[-1]['content'] }}"  # forgets what was said before
     monkeypatch.setattr(tokenizer, "chat_template", last)
     with pytest.raises(DataError, match="must only add"):

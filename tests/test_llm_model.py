@@ -15,16 +15,20 @@ import torch
 from torch import nn
 
 from llm_models import save_tiny
+from sfl.application.server import WorkloadServer
 from sfl.core.lora import pairs
-from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
+from sfl.llm.documents import Document
 from sfl.llm.loss import lm_loss, lm_losses
 from sfl.llm.model import BUNDLED, bundled_folder, find_model, load_model, load_tokenizer, with_adapters
 from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
 from sfl.llm.workload import LLMWorkload
 from sfl.privacy.config import PrivacyConfig
-from sfl.train.module import exchanged, lend_parameters, load_parameters
+from sfl.server.robust.config import AggregationConfig
+from sfl.train.module import exchanged, lend_parameters, load_parameters, release_resident
 from sfl.train.trainer import Trainer
+from sfl.types import FederationConfig
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -216,6 +220,38 @@ def test_documents_of_a_packed_row_do_not_see_each_other(tiny: Path) -> None:
     assert mixed.total.item() != pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "falcon", "gemma2", "mamba"])
+def test_documents_do_not_meet_in_models_that_know_of_no_packing(architecture: str) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "opt": {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2},
+        "bloom": {"hidden_size": 16, "n_head": 2},
+        "falcon": {"hidden_size": 16, "num_attention_heads": 2},
+        "gemma2": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+        "mamba": {"hidden_size": 16},
+    }[architecture]
+    config = transformers.AutoConfig.for_model(architecture, vocab_size=2048, num_hidden_layers=2, **sizes)
+    torch.default_generator.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    documents = drawn(1, [6, 1, 9, 3, 7, 2])
+    with torch.no_grad():
+        packed = [lm_loss(module, batch) for batch in Packed(documents, 2, 64).evaluation(np.random.default_rng(0))]
+        apart = [lm_loss(module, alone(module, document)) for document in documents]
+    assert sum(each.count for each in packed) == sum(each.count for each in apart)
+    total = sum(float(each.total) for each in apart)
+    assert sum(float(each.total) for each in packed) == pytest.approx(total, rel=1e-5)
+
+
+def test_whether_a_model_knows_of_packing_is_tried_without_a_trace(tiny: Path) -> None:
+    module = load_model(find_model(str(tiny))).train()
+    before = torch.default_generator.get_state()
+    assert lm_loss(module, next(Packed(drawn(1, [5, 9]), 1, 14).epoch(np.random.default_rng(0)))).count == 12
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(torch.default_generator.get_state(), before)
+
+
 def test_padded_rows_are_worth_their_documents(tiny: Path) -> None:
     module = load_model(find_model(str(tiny))).eval()
     documents = drawn(3, [7, 12, 9, 31])
@@ -316,3 +352,82 @@ def test_no_target_is_worth_nothing(tiny: Path) -> None:
     found = lm_loss(module, batch)
     assert (found.count, found.total.item(), int(found.correct)) == (0, 0.0, 0)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_a_checkpoint_lacks_is_the_same_in_every_process(tmp_path: Path) -> None:
+    import transformers
+
+    folder = save_tiny(tmp_path / "llama", "llama")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    whole.model.save_pretrained(folder)  # without its untied head
+    workload = LLMWorkload(config=LLMRunConfig(client=LLMClientConfig(block_size=32)), model=find_model(str(folder)))
+    heads: list[torch.Tensor] = []
+    adapters: list[torch.Tensor] = []
+    for seed in (0, 7):  # a site's, and the server's
+        release_resident()
+        found = dict(workload.module("cpu", seed=seed).named_parameters())
+        heads.append(next(value for name, value in found.items() if "lm_head" in name).detach())
+        adapters.append(next(value for name, value in found.items() if "lora_A" in name).detach())
+    release_resident()
+    assert torch.equal(*heads)
+    assert not torch.equal(*adapters)
+
+
+@pytest.mark.parametrize("client", [{}, {"peft": "prompt", "prompt_tokens": 11}])
+def test_what_is_said_has_a_place_in_the_model(client: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "short", positions=19)
+    config = LLMRunConfig(client=LLMClientConfig(block_size=8, **client))
+    workload = LLMWorkload(config=config, model=find_model(str(folder)))
+    release_resident()
+    said = workload.shown(workload.module("cpu"))
+    release_resident()
+    assert len(said) == 3
+    assert all(text for text, _ in said)
+
+
+@pytest.mark.parametrize(("targets", "warns"), [("lm_head", True), ("wte", True), ("c_attn", False)])
+def test_adapters_that_must_not_be_merged_are_named(
+    targets: str, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = load_model(find_model(str(save_tiny(tmp_path / "tied"))))
+    with caplog.at_level("WARNING", logger="sfl.llm"):
+        with_adapters(base, LLMClientConfig(lora_targets=targets))
+    assert ("do not merge" in caplog.text) == warns
+
+
+def test_the_servers_own_update_freezes_what_sites_freeze(tiny: Path) -> None:
+    options = LLMClientConfig(block_size=32, local_steps=2, lora_aggregation="freeze-a")
+    config = LLMRunConfig(client=options, aggregation=AggregationConfig(aggregation="fltrust"))
+    server = WorkloadServer(workload=LLMWorkload(config=config, model=find_model(str(tiny))))
+    update = server.root_update(server.initial_parameters(), 1)
+    release_resident()
+    assert {name for name, value in update.items() if value.any()} == {name for name in update if "lora_B" in name}
+
+
+@pytest.mark.parametrize(
+    ("partition", "privacy", "shows"),
+    [
+        ("files", {}, True),
+        ("files", {"dp": True}, False),
+        ("files", {"dpsgd": True}, False),
+        ("iid", {"dp": True}, True),
+    ],
+)
+def test_a_private_runs_report_shows_no_words_of_sites_files(
+    partition: str, privacy: dict[str, Any], shows: bool
+) -> None:
+    federation = FederationConfig(partition=partition)
+    config = LLMRunConfig(federation=federation, privacy=PrivacyConfig(**privacy))
+    assert LLMWorkload(config=config, model=find_model(BUNDLED)).shows == shows
+
+
+def test_documents_of_which_nothing_is_learnt_have_no_perplexity_of_one(tiny: Path) -> None:
+    long, short = "who goes there in the dead of night", "ho"
+    records = [Document("", (("prompt", text), ("completion", "a friend"))) for text in (long, short)]
+    options = LLMClientConfig(block_size=32, max_length=5)
+    workload = LLMWorkload(config=LLMRunConfig(client=options), model=find_model(str(tiny)))
+    assert len(workload.examples(records)) == 2
+    with pytest.raises(DataError, match="Raise max_length"):
+        workload.examples(records[:1])
+    private = replace(workload, config=LLMRunConfig(client=options, privacy=PrivacyConfig(dpsgd=True)))
+    assert len(private.examples(records[:1])) == 1

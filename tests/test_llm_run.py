@@ -15,15 +15,20 @@ import torch
 from llm_models import save_tiny
 from sfl.cli import main
 from sfl.core.events import RoundFinished
+from sfl.core.terms import LocalTerms
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError
+from sfl.llm.client import LLMClient
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
 from sfl.llm.model import find_model
 from sfl.llm.server import llm_recipe
+from sfl.llm.tokens import TokenBatch
 from sfl.privacy.config import PrivacyConfig
 from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.config import AggregationConfig
 from sfl.server.session import RunResult
+from sfl.train.module import copy_parameters, lend_parameters, release_resident
+from sfl.train.private import PrivateTraining
 from sfl.types import FederationConfig
 
 
@@ -162,10 +167,50 @@ def test_a_site_of_a_lower_rank_trains_no_more_than_that(tiny: Path, letters: Pa
     assert not seen
 
 
+def test_no_algorithm_pulls_a_site_past_its_rank(tiny: Path, letters: Path) -> None:
+    options = LLMClientConfig(data=str(letters), block_size=32, local_steps=2, lora_r=4, lora_ranks="1,4")
+    client = LLMClient(config=LLMRunConfig(client=options), model=find_model(str(tiny)))
+    module = client.workload.module("cpu")
+    sent = {name: np.ones_like(value) for name, value in copy_parameters(module).items()}
+    client.terms = LocalTerms(proximal_mu=0.5, anchor=sent, drift=sent)
+    trained = client.compute_update(sent, {"round": 1})[0]
+    for name, value in lend_parameters(module).items():
+        own, beyond = (value[:1], value[1:]) if "lora_A" in name else (value[:, :1], value[:, 1:])
+        assert own.any()
+        assert not beyond.any()
+        assert np.count_nonzero(trained[name] == 1.0) == beyond.size
+    release_resident()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("client", "privacy"), [(["--lora-ranks", "8,4"], ["--dp"]), (["--lora-aggregation", "freeze-a"], ["--dpsgd"])]
+)
+def test_a_run_of_adapters_is_audited_as_it_was(
+    client: list[str], privacy: list[str], tiny: Path, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    options = ["--model", str(tiny), "--data", str(letters), "--block-size", "32", "--local-steps", "1"]
+    assert main(["run", "llm", *options, *client, *privacy, "--num-rounds", "1", "--out", str(run)]) == 0
+    trained: list[list[str]] = []
+    check = PrivateTraining[TokenBatch].example_norms
+
+    def looked(self: Any, module: Any, examples: Any) -> Any:
+        trained.append([name for name, parameter in module.named_parameters() if parameter.requires_grad])
+        return check(self, module, examples)
+
+    monkeypatch.setattr(PrivateTraining, "example_norms", looked)
+    assert main(["audit", str(run), "--canaries", "20"]) == 0
+    assert all("lora_B" in name for names in trained for name in names)
+    assert bool(trained) == (privacy == ["--dpsgd"])
+
+
 def test_what_does_not_fit_is_refused_before_the_run(tiny: Path, letters: Path) -> None:
     exact = {"lora_aggregation": "exact"}
     with pytest.raises(CompositionError, match="WeightedMean under noise on the sum"):
         federated(tiny, letters, exact, privacy=PrivacyConfig(dp=True))
+    with pytest.raises(ConfigError, match="lora_ranks must be left out under dpsgd"):
+        federated(tiny, letters, {"lora_ranks": "8,4"}, privacy=PrivacyConfig(dpsgd=True))
     with pytest.raises(CompositionError, match="scaffold"):
         federated(tiny, letters, exact, algorithm=AlgorithmConfig(algorithm="scaffold"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -10,7 +11,7 @@ from sfl.application.workload import Workload
 from sfl.client.base import BaseFederatedClient
 from sfl.core import rng
 from sfl.core.mechanism import DpEvent
-from sfl.core.terms import DRIFT, LEARNING_RATE, PROXIMAL
+from sfl.core.terms import DRIFT, LEARNING_RATE, PROXIMAL, LocalTerms
 from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.train.examples import repeated
 from sfl.train.module import frozen, lend_parameters, load_parameters
@@ -69,7 +70,16 @@ class WorkloadClient(BaseFederatedClient):
             generator=rng.public(self.seed, round, f"{self.workload.name}-train", self.site),
         )
         seed = rng.public_seed(self.seed, round, "torch", self.site)
-        return trainer.fit(module, batches, seed, self.terms)
+        return trainer.fit(module, batches, seed, self._own_terms())
+
+    def _own_terms(self) -> LocalTerms:
+        """The algorithm's, of what this site has: nothing is pulled, or drifts, where it has nothing."""
+        had = {
+            name: self.workload.received(value, self.client_id)
+            for name in ("anchor", "drift")
+            if (value := getattr(self.terms, name)) is not None
+        }
+        return replace(self.terms, **had)
 
     def evaluate(self, parameters: Parameters, config: Config) -> Evaluation:
         """The workload's figures on the site's held-out records, with the same masks every round."""

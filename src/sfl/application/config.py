@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Self
 
 from sfl.engine.clock import VirtualClock
 from sfl.errors import ConfigError
@@ -78,3 +78,7 @@ class RunConfig:
             raise ConfigError(
                 f"site_seconds must come with backend=sim, where time can be simulated, got {backend}. Leave it out."
             )
+
+    def shared_by(self, federation: FederationConfig) -> Self:
+        """The same run of another federation, whose sites are all alike."""
+        return replace(self, federation=federation)

@@ -14,12 +14,13 @@ from sfl.core.aggregator import Aggregator
 from sfl.errors import CompositionError, DataError
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
+from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.privacy.runner_utils import build_protections
 from sfl.recipe import FedAvgRecipe, chosen_recipe
 from sfl.server.robust import build_aggregator
 from sfl.train.devices import limit_threads
 from sfl.train.examples import repeated
-from sfl.train.module import copy_parameters, lend_parameters, load_parameters, release_resident
+from sfl.train.module import copy_parameters, frozen, lend_parameters, load_parameters, release_resident
 from sfl.types import Metrics, Parameters
 
 __all__ = ["WorkloadServer", "with_perplexity", "workload_recipe"]
@@ -77,7 +78,8 @@ class WorkloadServer:
             steps=None if config.client.local_steps is None else config.client.local_steps * trainer.accumulation,
             generator=rng.public(config.federation.seed, round, f"{self.workload.name}-root"),
         )
-        trainer.fit(module, batches, rng.public_seed(config.federation.seed, round, "torch-root"))
+        with frozen(module, chosen_layers(parse_layers(self.workload.privacy.freeze_layers), list(parameters))):
+            trainer.fit(module, batches, rng.public_seed(config.federation.seed, round, "torch-root"))
         return arrays.subtract(lend_parameters(module), parameters)
 
     def _held_out(self) -> tuple[list[Any], list[Any]]:

@@ -64,7 +64,7 @@ def audit(
 
 
 def _audit_examples(config: RunConfig, run: Path, *, canaries: int, confidence: float) -> dict[str, Any]:
-    """A step of the first site's training, on canaries; and what its own proteins add to a step's sum before its noise,
+    """A step of the first site's training, on canaries; and what its own records add to a step's sum before its noise,
     on the run's newest model.
     """
     from sfl.privacy.audit import PrivacyAuditor
@@ -81,7 +81,7 @@ def _audit_examples(config: RunConfig, run: Path, *, canaries: int, confidence: 
         module, newest = workload.module("cpu"), _newest(run)
         if newest is not None:
             load_parameters(module, newest)
-        names = chosen_layers(parse_layers(config.privacy.freeze_layers), list(lend_parameters(module)))
+        names = chosen_layers(parse_layers(workload.privacy.freeze_layers), list(lend_parameters(module)))
         with frozen(module, names):
             return training.example_norms(module, examples)
 
@@ -119,7 +119,7 @@ def _recipe(config: RunConfig, run: Path, canaries: int, rounds: int | None) -> 
     """The run's recipe, for so many sites, from its newest model on."""
     application = APPLICATIONS[job_of_run(run)].load()
     federation = _federation(config, canaries, rounds)
-    recipe = application.recipe(replace(config, federation=federation), application.find_model(config.client.model))
+    recipe = application.recipe(config.shared_by(federation), application.find_model(config.client.model))
     newest = _newest(run)
     return recipe if newest is None else replace(recipe, initial_parameters=newest)
 

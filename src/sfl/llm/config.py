@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, Self, TypeAlias
 
 from sfl.application.config import ModelConfig, RunConfig
 from sfl.errors import ConfigError
+from sfl.types import FederationConfig
 
 __all__ = ["Aggregating", "LLMClientConfig", "LLMRunConfig", "Peft"]
 
@@ -147,3 +148,12 @@ class LLMRunConfig(RunConfig):
                 f"gradient_accumulation must be 1 under dpsgd, got {self.client.gradient_accumulation}: a step takes "
                 "the whole sample already. Use --dpsgd-physical-batch to bound memory."
             )
+        if self.privacy.dpsgd and self.client.lora_ranks:
+            raise ConfigError(
+                f"lora_ranks must be left out under dpsgd, got {self.client.lora_ranks}: noise is on the whole of the "
+                "factors, so that each site trains at lora_r."
+            )
+
+    def shared_by(self, federation: FederationConfig) -> Self:
+        """The same run of another federation, whose sites are all of one rank."""
+        return replace(self, federation=federation, client=replace(self.client, lora_ranks=""))

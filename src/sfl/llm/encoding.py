@@ -8,6 +8,7 @@ from typing import Any
 from sfl.errors import DataError
 from sfl.llm.documents import COMPLETION, PROMPT, TEXT, Document, Turns
 from sfl.llm.tokens import Tokens
+from sfl.train.pretrained import first_line
 
 __all__ = ["encode"]
 
@@ -23,7 +24,7 @@ def encode(documents: Sequence[Document], tokenizer: Any, max_length: int = 0) -
         max_length: Tokens that are used; 0 means all.
 
     Raises:
-        DataError: A conversation meets a tokenizer without a template for it.
+        DataError: A conversation meets a tokenizer without a template, or with one that does not take it.
     """
     parts = [_parts(document.turns) for document in documents]
     texts = [text for each in parts for text, _ in each]
@@ -86,5 +87,12 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _templated(tokenizer: Any, messages: Sequence[dict[str, str]], *, answer: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
+    except Exception as error:  # a template is a program of the model's, and may refuse roles, or their order
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"conversations must be ones that the model's chat template takes, got the roles {roles}: "
+            f"{first_line(error)}. Mend or leave out such conversations, or give prompt and completion."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

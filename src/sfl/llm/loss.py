@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sfl.llm.tokens import IGNORED, TokenBatch
+from sfl.llm.tokens import IGNORED, TokenBatch, unpacked
 from sfl.train.dpsgd import ExampleLosses
 from sfl.train.trainer import BatchLoss
 
@@ -16,7 +17,12 @@ __all__ = ["lm_loss", "lm_losses"]
 
 
 def lm_loss(module: nn.Module, batch: TokenBatch) -> BatchLoss:
-    """Summed cross-entropy over the tokens that are to be foretold."""
+    """Summed cross-entropy over the tokens that are to be foretold.
+
+    Packed rows are shown to a model that does not keep their documents apart as a row for each document.
+    """
+    if batch.positions is not None and not _keeps_apart(module):
+        batch = unpacked(batch)
     logits, targets = _logits(module, batch)
     kept = targets != IGNORED
     count = int(np.count_nonzero(batch.targets != IGNORED))
@@ -52,6 +58,28 @@ def _logits(module: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     if real is not None:
         more["attention_mask"] = real.long()
     return model(input_ids=ids, use_cache=False, **more).logits, targets
+
+
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _keeps_apart(module: nn.Module) -> bool:
+    """Whether a token of the model sees nothing of another document in its row; tried once, without a trace."""
+    if module not in _apart:
+        was, ids = module.training, torch.tensor([[1, 1, 1, 2, 3], [0, 2, 1, 2, 3]])
+        places = torch.tensor([[0, 1, 2, 0, 1]]).expand(2, -1)
+        device = next(module.parameters()).device
+        module.eval()
+        try:
+            with torch.no_grad():
+                shown = {"input_ids": ids.to(device), "position_ids": places.to(device)}
+                one, other = cast("Any", module)(**shown, use_cache=False).logits[:, 3:].float()
+            _apart[module] = bool((one - other).abs().max() <= 1e-6 * one.abs().max())
+        except TypeError:  # it takes no positions
+            _apart[module] = False
+        finally:
+            module.train(was)
+    return _apart[module]
 
 
 def _prompted(model: Any, ids: Tensor, real: Tensor | None) -> Tensor:

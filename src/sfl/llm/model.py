@@ -43,7 +43,7 @@ def find_model(name: str | None) -> Pretrained:
 
 
 def load_model(source: Pretrained, *, dtype: str = "float32", seed: int = 0) -> nn.Module:
-    """A causal language model with SDPA attention; what a checkpoint lacks starts at random, with a warning.
+    """A causal language model, with SDPA attention where it has it; what a checkpoint lacks is random, with a warning.
 
     Args:
         source: Which model.
@@ -59,7 +59,7 @@ def load_model(source: Pretrained, *, dtype: str = "float32", seed: int = 0) -> 
     torch.default_generator.manual_seed(seed)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            source.location, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # a foreign folder can break transformers in any way
         raise ModelError(
@@ -128,10 +128,21 @@ def with_adapters(model: nn.Module, config: LLMClientConfig, *, seed: int = 0) -
             "lora_targets must be no embeddings with lora_aggregation=freeze-a: of theirs it is A that grows, got "
             f"{config.lora_targets}. Leave them out, or use another aggregation."
         )
+    _warn_of_ties(cast("Any", model), trained)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return cast("nn.Module", adapted)
+
+
+def _warn_of_ties(model: Any, trained: list[str]) -> None:
+    """Of adapters on one of two layers that share a weight: merged, they change the other, too."""
+    both = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    if len({id(getattr(layer, "base_layer", layer).weight) for layer in both}) == len(both):
+        return
+    adapted = {name for name, module in model.named_modules() if any(module is layer for layer in both)}
+    if found := [name for name in adapted if any(f".{name}.lora_" in parameter for parameter in trained)]:
+        _LOG.warning("%s shares its weight with another layer: do not merge its adapter, that changes both", found[0])
 
 
 def _adapters(peft: Any, model: nn.Module, config: LLMClientConfig) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sfl.train.batching import length_sorted_batches
 from sfl.train.examples import Examples
 
-__all__ = ["IGNORED", "Packed", "Rows", "TokenBatch", "Tokens"]
+__all__ = ["IGNORED", "Packed", "Rows", "TokenBatch", "Tokens", "unpacked"]
 
 IGNORED = -100
 """The target of a token after which nothing is to be foretold; torch's own."""
@@ -98,13 +98,7 @@ class _Documents(Examples[TokenBatch]):
         return self._padded(parts)
 
     def _padded(self, parts: Sequence[Tokens]) -> TokenBatch:
-        width = max(len(part) for part in parts)
-        ids = np.full((len(parts), width), self.padding, dtype=np.int64)
-        targets = np.full((len(parts), width), IGNORED, dtype=np.int64)
-        real = np.zeros((len(parts), width), dtype=np.bool_)
-        for row, part in enumerate(parts):
-            ids[row, : len(part)], targets[row, : len(part)], real[row, : len(part)] = part.ids, part.targets, True
-        return TokenBatch(ids, targets, None, None if real.all() else real)
+        return padded(parts, self.padding)
 
 
 @dataclass(frozen=True)
@@ -166,6 +160,26 @@ class Rows(_Documents):
     def _parts(self) -> list[Tokens]:
         size = self.block_size
         return [document.cut(at, size) for document in self.documents for at in range(0, len(document), size)]
+
+
+def padded(parts: Sequence[Tokens], padding: int = 0) -> TokenBatch:
+    """A row for each part, filled up to the longest."""
+    width = max(len(part) for part in parts)
+    ids = np.full((len(parts), width), padding, dtype=np.int64)
+    targets = np.full((len(parts), width), IGNORED, dtype=np.int64)
+    real = np.zeros((len(parts), width), dtype=np.bool_)
+    for row, part in enumerate(parts):
+        ids[row, : len(part)], targets[row, : len(part)], real[row, : len(part)] = part.ids, part.targets, True
+    return TokenBatch(ids, targets, None, None if real.all() else real)
+
+
+def unpacked(batch: TokenBatch) -> TokenBatch:
+    """The documents of packed rows, and what rows hold of one, in a row each."""
+    if batch.positions is None:
+        return batch
+    starts = np.flatnonzero(batch.positions.reshape(-1) == 0)[1:]
+    ids, targets = (np.split(part.reshape(-1), starts) for part in (batch.ids, batch.targets))
+    return padded([Tokens(*part) for part in zip(ids, targets, strict=True)])
 
 
 def rows_of(batch: TokenBatch, start: int, count: int) -> TokenBatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,15 +14,16 @@ import torch
 from torch import nn
 
 from sfl.application.workload import Workload
+from sfl.core import rng
 from sfl.core.lora import restored, restricted
-from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMRunConfig
 from sfl.llm.dataset import CleaningReport, FederatedDocuments, federate_documents, figures, load_documents, load_sites
 from sfl.llm.documents import Document
 from sfl.llm.encoding import encode
 from sfl.llm.loss import lm_loss, lm_losses
 from sfl.llm.model import load_model, load_tokenizer, save_model, with_adapters
-from sfl.llm.tokens import Packed, Rows, TokenBatch, Tokens
+from sfl.llm.tokens import IGNORED, Packed, Rows, TokenBatch, Tokens
 from sfl.privacy.config import PrivacyConfig
 from sfl.train.dpsgd import ExampleLosses
 from sfl.train.module import resident
@@ -57,13 +60,17 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         _federated.cache_clear()
 
     def module(self, device: str, *, seed: int = 0) -> nn.Module:
-        """The worker's one model, its base shared by all sites; ``seed`` is that of the adapters' first values."""
+        """The worker's one model, its base shared by all sites; ``seed`` is that of the adapters' first values.
+
+        What a checkpoint lacks is frozen under adapters, and does not travel: it must be the same in every process.
+        """
         client = self.config.client
         adapters = (client.peft, client.lora_r, client.lora_alpha, client.lora_targets, client.lora_dropout)
         key = ("llm", self.model.location, device, client.dtype, adapters, client.prompt_tokens)
 
         def build() -> nn.Module:
-            base = load_model(self.model, dtype="bfloat16" if client.dtype == "bfloat16" else "float32", seed=seed)
+            lacking = rng.public_seed(self.config.federation.seed, 0, "llm-base")
+            base = load_model(self.model, dtype="bfloat16" if client.dtype == "bfloat16" else "float32", seed=lacking)
             self._check(base)
             return placed(with_adapters(base, client, seed=seed), device)
 
@@ -82,13 +89,22 @@ class LLMWorkload(Workload[Document, TokenBatch]):
                 f"model must have a row for each of its tokenizer's {words} tokens, got {self.model.name!r} with "
                 f"{size}. Use the tokenizer that it was trained with."
             )
-        known = getattr(cast("Any", base).config, "max_position_embeddings", None)
-        virtual = client.prompt_tokens if client.peft in ("prompt", "p-tuning") else 0
-        if known is not None and client.block_size + virtual > known:
+        virtual = self._virtual
+        if client.block_size > self._places(base):
             raise ConfigError(
-                f"block_size must be at most the model's {known} positions"
+                f"block_size must be at most the model's {self._places(base) + virtual} positions"
                 f"{f' less {virtual} virtual tokens' if virtual else ''}, got {client.block_size}."
             )
+
+    @property
+    def _virtual(self) -> int:
+        client = self.config.client
+        return client.prompt_tokens if client.peft in ("prompt", "p-tuning") else 0
+
+    def _places(self, module: nn.Module) -> int:
+        """Tokens of a text that the model has a place for."""
+        known = getattr(cast("Any", module).config, "max_position_embeddings", None)
+        return sys.maxsize if known is None else int(known) - self._virtual
 
     @property
     def is_packed(self) -> bool:
@@ -96,9 +112,18 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         return not self.config.privacy.dpsgd and self.config.client.peft in ("lora", "none")
 
     def examples(self, records: Sequence[Document]) -> Packed | Rows:
-        """Documents as tokens in rows."""
+        """Documents as tokens in rows.
+
+        Raises:
+            DataError: If in none of them a token is to be learnt. Under DP-SGD that is not said: it is of the data.
+        """
         client = self.config.client
         documents = _encoded(self, tuple(records))
+        if documents and not self.config.privacy.dpsgd and all((d.targets == IGNORED).all() for d in documents):
+            raise DataError(
+                f"documents must have a token to learn, got none in {len(documents)} documents"
+                f"{f', of which {client.max_length} tokens are used. Raise max_length' if client.max_length else ''}."
+            )
         kind = Packed if self.is_packed else Rows
         return kind(documents, client.batch_size, client.block_size, int(self.tokenizer().eos_token_id))
 
@@ -154,34 +179,38 @@ class LLMWorkload(Workload[Document, TokenBatch]):
 
     @property
     def shows(self) -> bool:
-        """What a language model says is worth seeing."""
-        return True
+        """What a language model says is worth seeing; not in a private run whose prompts come from sites' own files."""
+        privacy, partition = self.config.privacy, self.config.federation.partition
+        return not (partition == "files" and (privacy.dp or privacy.dpsgd))
 
     def shown(self, module: nn.Module) -> list[tuple[str, str]]:
         """What the model says, taking the likeliest token each time, to the first words of texts that no site has."""
         tokenizer = self.tokenizer()
         said: list[tuple[str, str]] = []
         for tokens in _encoded(self, tuple(self.data()[0].held_out[:_PROMPTS])):
-            prompt = tokens.ids[: max(1, min(_PROMPT_TOKENS, len(tokens) - 1))]
-            whole = _continued(module, prompt.tolist(), int(tokenizer.eos_token_id))
+            prompt = tokens.ids[: max(1, min(_PROMPT_TOKENS, len(tokens) - 1, self._places(module) - 1))]
+            room = min(_SAID, self._places(module) - len(prompt))
+            whole = _continued(module, prompt.tolist(), int(tokenizer.eos_token_id), room)
             texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, whole[len(prompt) :])]
             said.append((texts[0], texts[1]))
         return said
 
 
 @torch.inference_mode()
-def _continued(module: nn.Module, prompt: list[int], end: int) -> list[int]:
+def _continued(module: nn.Module, prompt: list[int], end: int, most: int) -> list[int]:
     module.eval()
     model = cast("Any", module)
     ids = torch.tensor([prompt], device=next(module.parameters()).device)
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=_SAID,
-        do_sample=False,
-        pad_token_id=end,
-        eos_token_id=end,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it sets itself, such as positions before virtual tokens
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=most,
+            do_sample=False,
+            pad_token_id=end,
+            eos_token_id=end,
+        )
     return [int(token) for token in made[0]]
 
 
