@@ -17,7 +17,7 @@ from sfl.cli import main
 from sfl.core.events import RoundFinished
 from sfl.core.terms import LocalTerms
 from sfl.env import SimEnv
-from sfl.errors import CompositionError, ConfigError
+from sfl.errors import CompositionError, ConfigError, ModelError
 from sfl.llm.client import LLMClient
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
 from sfl.llm.model import find_model
@@ -299,3 +299,39 @@ def test_the_plan_counts_documents(tiny: Path, letters: Path, capsys: pytest.Cap
 def test_an_option_of_another_job_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["privacy", "plan", "--lora-r", "4"]) == 2
     assert "--lora-r must come with the job llm, got esm2" in capsys.readouterr().err
+
+
+def test_what_dpsgd_cannot_train_is_said_before_the_first_round(tiny: Path, letters: Path) -> None:
+    with pytest.raises(ModelError, match=r"whose example gradients are known|must have a rule"):
+        federated(tiny, letters, {"lora_targets": "wte"}, privacy=PrivacyConfig(dpsgd=True))
+
+
+def test_files_of_private_sites_are_not_the_servers_to_evaluate_on(tiny: Path, letters: Path, tmp_path: Path) -> None:
+    rows = letters.read_text().splitlines(keepends=True)
+    for name, half in (("a", rows[:60]), ("b", rows[60:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(half))
+    sites = {"partition": "files"}
+    plain = federated(tiny, tmp_path, federation=sites)
+    private = federated(tiny, tmp_path, federation=sites, privacy=PrivacyConfig(dp=True))
+    assert "loss" in plain.rounds[-1].central
+    assert private.rounds[-1].central == {}
+
+
+def test_a_run_that_never_began_leaves_no_folder(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tiny), "--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "run")]
+    assert main(["run", "llm", *flags]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_linear_layer_by_the_word_of_peft_and_no_adapters_for_a_model(tiny: Path, tmp_path: Path) -> None:
+    from sfl.llm.model import load_model, with_adapters
+    from sfl.train.module import lend_parameters
+
+    module = with_adapters(load_model(find_model(str(tiny))), LLMClientConfig(lora_targets="all-linear"))
+    assert any("c_fc" in name for name in lend_parameters(module))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="must be a whole model, got the adapters"):
+        find_model(str(tmp_path))

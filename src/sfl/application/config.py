@@ -79,6 +79,15 @@ class RunConfig:
                 f"site_seconds must come with backend=sim, where time can be simulated, got {backend}. Leave it out."
             )
 
+    @property
+    def global_fraction(self) -> float:
+        """Share of the records that no site gets. None where each site brings its file and the run is private: what the
+        server then evaluates on would be the sites' own.
+        """
+        privacy = self.privacy
+        is_private = privacy.dp or privacy.dpsgd or privacy.selects_privately
+        return 0.0 if is_private and self.federation.partition.strip() == "files" else 0.1
+
     def shared_by(self, federation: FederationConfig) -> Self:
         """The same run of another federation, whose sites are all alike."""
         return replace(self, federation=federation)

@@ -74,7 +74,7 @@ class Application(Generic[C]):
             console(Notice(text=model.why))
             pinned = self._pinned(config, model, resume)
             folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
-            write_config = self._kept(folder, resume).begin(pinned, self.workload(pinned, model), resolved, console)
+            write_config = self._kept(folder, resume, pinned, model)(resolved, console)
 
             def went_on(event: Event) -> None:
                 if resume and isinstance(event, RunStarted):
@@ -105,8 +105,8 @@ class Application(Generic[C]):
         say(model.why)
         pinned = self._pinned(resolved.config, model, resume)
         folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
-        kept = self._kept(folder, resume)
-        write_config = kept.begin(pinned, self.workload(pinned, model), resolved, lambda event: _say_notice(event, say))
+        begin = self._kept(folder, resume, pinned, model)
+        write_config = begin(resolved, lambda event: _say_notice(event, say))
         return self._recipe(pinned, model)[0], folder.path, write_config
 
     def job(self, config: C, say: Callable[[str], object]) -> Recipe:
@@ -130,8 +130,20 @@ class Application(Generic[C]):
         device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
         WorkloadServer(workload=self.workload(config, model), device=device).export(parameters, folder)
 
-    def _kept(self, folder: RunFolder, resume: Path | None) -> Kept:
-        return Kept(self.name, folder, resume=resume is not None)
+    def _kept(
+        self, folder: RunFolder, resume: Path | None, config: C, model: Pretrained
+    ) -> Callable[[Resolved[C], Observer], Callable[[], None]]:
+        """What looks at options and data and writes them down; a folder in which nothing began does not stay."""
+
+        def begin(resolved: Resolved[C], say: Observer) -> Callable[[], None]:
+            kept = Kept(self.name, folder, resume=resume is not None)
+            try:
+                return kept.begin(config, self.workload(config, model), resolved, say)
+            except BaseException:
+                folder.discard_if_empty()
+                raise
+
+        return begin
 
     def _recipe(self, config: C, model: Pretrained) -> tuple[Recipe, str]:
         """The recipe, and the server's own device, for evaluation."""

@@ -21,6 +21,7 @@ from sfl.server.robust import build_aggregator
 from sfl.train.devices import limit_threads
 from sfl.train.examples import repeated
 from sfl.train.module import copy_parameters, frozen, lend_parameters, load_parameters, release_resident
+from sfl.train.per_example import recording
 from sfl.types import Metrics, Parameters
 
 __all__ = ["WorkloadServer", "with_perplexity", "workload_recipe"]
@@ -42,7 +43,13 @@ class WorkloadServer:
         """The pretrained weights, read anew: an earlier run of this process has trained the resident model."""
         release_resident()
         seed = rng.public_seed(self.workload.config.federation.seed, 0, "initial-parameters")
-        return copy_parameters(self.workload.module(self.device, seed=seed))
+        module = self.workload.module(self.device, seed=seed)
+        if (
+            self.workload.privacy.dpsgd
+        ):  # a layer that DP-SGD cannot train is said here: sites say nothing of why they fail
+            with recording(module):
+                pass
+        return copy_parameters(module)
 
     def central(self, parameters: Parameters) -> Metrics:
         """Figures on the records that no site has; empty where there are none."""

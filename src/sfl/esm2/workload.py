@@ -90,6 +90,10 @@ def _federated(config: ESM2RunConfig) -> tuple[FederatedProteins, CleaningReport
     by_file = federation.partition == "files"
     records, report = load_sites(data) if by_file else load_proteins(data)
     shared = federate_proteins(
-        records, partition=federation.partition, num_clients=federation.num_clients, seed=federation.seed
+        records,
+        partition=federation.partition,
+        num_clients=federation.num_clients,
+        seed=federation.seed,
+        global_fraction=config.global_fraction,
     )
     return shared, report

@@ -54,6 +54,11 @@ class RunFolder:
             raise ConfigError(f"resume must be the folder of a run (with its config.yaml), got {path}.")
         return cls(path)
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder of a run that never began."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
     @property
     def config(self) -> Path:
         """The resolved configuration."""

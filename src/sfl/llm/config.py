@@ -35,8 +35,8 @@ class LLMClientConfig(ModelConfig):
             encoder) or none (the whole model).
         lora_r: Rank of the adapters.
         lora_alpha: Their scale: what they add is multiplied by lora_alpha / lora_r.
-        lora_targets: Names of the modules that get one, comma-separated; by default those that peft knows for the
-            architecture, else every linear layer.
+        lora_targets: Names of the modules that get one, comma-separated, or all-linear; by default those that peft
+            knows for the architecture, else every linear layer.
         lora_dropout: Dropout before them, in [0, 1).
         lora_ranks: A rank for each site, at most lora_r, comma-separated; by default lora_r for all.
         lora_aggregation: How adapters become one: mean (of the factors), exact (of their products, truncated) or

@@ -161,6 +161,8 @@ def _adapters(peft: Any, model: nn.Module, config: LLMClientConfig) -> Any:
 
 
 def _targets(peft: Any, model: nn.Module, named: str) -> list[str] | str:
+    if named.strip() == "all-linear":  # peft's own word
+        return named.strip()
     if named:
         return [name.strip() for name in named.split(",") if name.strip()]
     known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

@@ -219,7 +219,11 @@ def _federated(config: LLMRunConfig) -> tuple[FederatedDocuments, CleaningReport
     federation, data = config.federation, config.client.data
     records, report = load_sites(data) if federation.partition == "files" else load_documents(data)
     shared = federate_documents(
-        records, partition=federation.partition, num_clients=federation.num_clients, seed=federation.seed
+        records,
+        partition=federation.partition,
+        num_clients=federation.num_clients,
+        seed=federation.seed,
+        global_fraction=config.global_fraction,
     )
     return shared, report
 

@@ -117,6 +117,11 @@ def _named(name: str) -> Pretrained:
     if not _looks_like_path(name):
         return Pretrained(name, name, f"model: {name}")
     folder = Path(name).expanduser().resolve()
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model must be a whole model, got the adapters in {name!r}. Merge them into their base first "
+            "(merge_and_unload), or name the base."
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"model must be a folder with a config.json, got {name!r}. Check the path.")
     return Pretrained(str(folder), str(folder), f"model: {folder}")
