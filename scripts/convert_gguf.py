@@ -5,14 +5,19 @@ python scripts/convert_gguf.py MODEL.gguf FOLDER      # needs the package gguf
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
+from typing import Any
 
+import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(file: Path, folder: Path) -> None:
+    reading: Any = gguf
+    reading.GGUFReader = functools.cache(gguf.GGUFReader)  # it takes half a minute, and would be made four times
     named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     loaded = AutoModelForCausalLM.from_pretrained(**named)
     if hasattr(loaded.config, "quantization_config"):  # its weights are plain by now, and it may not be saved

@@ -208,7 +208,7 @@ def in_process(job: str) -> RunResult:
         ("ditto", FlowerSimEnv),
         ("swarm", FlareSimEnv),
         ("fedbuff", FlowerEnv),
-        *(("speeches", env) for env in (FlowerSimEnv, FlareSimEnv, FlowerEnv)),
+        ("speeches", FlowerEnv),  # on all others by benchmarks/parity.py
         *(("large", env) for env in SIMULATORS),  # what is larger than a message may be travels in pieces
         *((job, FlowerInFlareEnv) for job in ("proteins", "digits", "sum", "script")),
     ],

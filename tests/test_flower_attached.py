@@ -267,7 +267,7 @@ def test_a_flower_app_of_ones_own_names_the_application(federation: Federation, 
     assert "What the model says" in (out / "report.html").read_text()
     trained = [row for row in read_rounds(out / "metrics.jsonl")[-1].sites if row.stage == "fit"]
     assert [(row.site, row.status.value) for row in trained] == [(site, "used") for site in SITES]
-    left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("*/launch-*")]
+    left = [path.name for place in SITES for path in (federation.folder / place / "sfl-runs").glob("flower-*/launch-*")]
     assert left == []
 
 

@@ -224,7 +224,7 @@ def test_the_key_of_a_run_stays_in_its_folder_and_nobody_goes_on_without_it(back
     for wrong in (None, new_key(), b"torn"):
         (out / "owner.key").unlink() if wrong is None else (out / "owner.key").write_bytes(wrong)
         with pytest.raises(ConfigError, match=r"out must hold the key of its run, owner\.key, got none or another"):
-            settings(f"three-{wrong}", resume=True)
+            settings(f"three-{0 if wrong is None else len(wrong)}", resume=True)
 
 
 def test_an_order_counts_once_and_a_later_one_goes_on(launch: Launch, tmp_path: Path) -> None:

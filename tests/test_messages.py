@@ -26,6 +26,7 @@ from sfl.engine.attacked import AttackedEngine
 from sfl.engine.attacker import Attack
 from sfl.engine.base import Engine
 from sfl.engine.clock import VirtualClock
+from sfl.engine.holding import Holding
 from sfl.engine.host import HostSettings, SiteHost
 from sfl.engine.local import LocalEngine
 from sfl.engine.site_process import _answer
@@ -88,7 +89,7 @@ class Wire(Engine):
             number, task, site = turn
             text, sent = pack_task(number, task, {name: index for index, name in enumerate(self.names)})
             self.down += arrays.nbytes(sent) * (task.name == FIT)
-            answer, delta = _answer(self.host, site, text, save(dict(sent)))
+            answer, delta = _answer(self.host, Holding(), site, text, save(dict(sent)))
             yield replace(read_answer(answer, load(delta), site, number), ticket=number)
 
     def cancel(self, ticket: int) -> None:
