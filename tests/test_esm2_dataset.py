@@ -28,8 +28,8 @@ from sfl.esm2.dataset import (
 )
 from sfl.esm2.fasta import parse_header
 from sfl.esm2.proteins import RawProtein, clean
-from sfl.esm2.sources import resolve
-from sfl.train.sources import absolute
+from sfl.esm2.sources import PROTEINS
+from sfl.train.sources import absolute, resolve
 
 FASTA = """>P1|A_ECOLI Alpha protein OS=Escherichia coli
 MKTAYI
@@ -443,7 +443,9 @@ def test_paths_are_made_absolute_one_by_one(tmp_path: Path, monkeypatch: pytest.
     assert absolute("t.csv:seq,hf:NAME") == f"{tmp_path}/t.csv:seq,hf:NAME"
     assert absolute("  ") == ""
     for data in ("a.fasta, b.fasta,", "a,b.fasta", " a.fasta "):
-        assert [s.path for s in resolve(absolute(data))] == [s.path and tmp_path / s.path for s in resolve(data)]
+        assert [s.path for s in resolve(absolute(data), PROTEINS)] == [
+            s.path and tmp_path / s.path for s in resolve(data, PROTEINS)
+        ]
     with pytest.raises(DataError, match="must name a file between its commas"):
         absolute(" , ")
 

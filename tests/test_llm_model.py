@@ -28,7 +28,6 @@ from sfl.privacy.config import PrivacyConfig
 from sfl.server.robust.config import AggregationConfig
 from sfl.train.module import exchanged, lend_parameters, load_parameters, release_resident
 from sfl.train.trainer import Trainer
-from sfl.types import FederationConfig
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
@@ -402,23 +401,6 @@ def test_the_servers_own_update_freezes_what_sites_freeze(tiny: Path) -> None:
     update = server.root_update(server.initial_parameters(), 1)
     release_resident()
     assert {name for name, value in update.items() if value.any()} == {name for name in update if "lora_B" in name}
-
-
-@pytest.mark.parametrize(
-    ("partition", "privacy", "shows"),
-    [
-        ("files", {}, True),
-        ("files", {"dp": True}, False),
-        ("files", {"dpsgd": True}, False),
-        ("iid", {"dp": True}, True),
-    ],
-)
-def test_a_private_runs_report_shows_no_words_of_sites_files(
-    partition: str, privacy: dict[str, Any], shows: bool
-) -> None:
-    federation = FederationConfig(partition=partition)
-    config = LLMRunConfig(federation=federation, privacy=PrivacyConfig(**privacy))
-    assert LLMWorkload(config=config, model=find_model(BUNDLED)).shows == shows
 
 
 def test_documents_of_which_nothing_is_learnt_have_no_perplexity_of_one(tiny: Path) -> None:

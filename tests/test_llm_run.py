@@ -18,6 +18,7 @@ from sfl.core.events import RoundFinished
 from sfl.core.terms import LocalTerms
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.io.metrics import read_rounds
 from sfl.llm.client import LLMClient
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
 from sfl.llm.model import find_model
@@ -306,15 +307,27 @@ def test_what_dpsgd_cannot_train_is_said_before_the_first_round(tiny: Path, lett
         federated(tiny, letters, {"lora_targets": "wte"}, privacy=PrivacyConfig(dpsgd=True))
 
 
-def test_files_of_private_sites_are_not_the_servers_to_evaluate_on(tiny: Path, letters: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("private", [[], ["--dp"], ["--dpsgd"]], ids=["plain", "dp", "dpsgd"])
+def test_files_of_private_sites_are_not_the_servers_to_evaluate_on_or_to_show(
+    private: list[str], tiny: Path, letters: Path, tmp_path: Path
+) -> None:
     rows = letters.read_text().splitlines(keepends=True)
+    (tmp_path / "data").mkdir()
     for name, half in (("a", rows[:60]), ("b", rows[60:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(half))
-    sites = {"partition": "files"}
-    plain = federated(tiny, tmp_path, federation=sites)
-    private = federated(tiny, tmp_path, federation=sites, privacy=PrivacyConfig(dp=True))
-    assert "loss" in plain.rounds[-1].central
-    assert private.rounds[-1].central == {}
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(half))
+    flags = f"--model {tiny} --data {tmp_path / 'data'} --partition files --block-size 32 --local-steps 1".split()
+    flags += ["--num-rounds", "1", "--workers", "1", "--format", "simple", "--out", str(tmp_path / "run")]
+    assert main(["run", "llm", *flags, *private]) == 0
+    last = read_rounds(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert ("loss" in last.central) is not bool(private)
+    assert (tmp_path / "run" / "shown.json").exists() is not bool(private)
+
+
+def test_what_dpsgd_cannot_train_may_be_frozen(tiny: Path, letters: Path) -> None:
+    options = {"lora_targets": "wte,c_attn"}
+    privacy = PrivacyConfig(dpsgd=True, freeze_layers="*wte*")
+    result = federated(tiny, letters, options, privacy=privacy)
+    assert {site.status.value for site in result.rounds[-1].sites if site.stage == "fit"} == {"used"}
 
 
 def test_a_run_that_never_began_leaves_no_folder(

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from sfl.application.config import RunConfig
 from sfl.application.workload import Workload
 from sfl.client.base import BaseFederatedClient
 from sfl.core import rng
 from sfl.core.mechanism import DpEvent
 from sfl.core.terms import DRIFT, LEARNING_RATE, PROXIMAL, LocalTerms
-from sfl.privacy.filters.layers import chosen_layers, parse_layers
-from sfl.train.examples import repeated
-from sfl.train.module import frozen, lend_parameters, load_parameters
+from sfl.train.module import lend_parameters, load_parameters
+from sfl.train.pretrained import Pretrained
 from sfl.train.trainer import Outcome
 from sfl.types import ClientUpdate, Config, Evaluation, Parameters
 
@@ -27,20 +27,26 @@ class WorkloadClient(BaseFederatedClient):
     Args:
         client_id: Index of the site, from 0.
         device: Where to compute.
-        workload: What is trained.
+        config: The run's configuration.
+        model: The model to load.
+
+    Attributes:
+        kind: What is trained.
     """
 
+    kind: ClassVar[type[Workload[Any, Any]]]
     lends_arrays: ClassVar[bool] = True
     honours = frozenset({PROXIMAL, DRIFT, LEARNING_RATE})
 
-    def __init__(self, client_id: int = 0, device: str = "cpu", *, workload: Workload[Any, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, client_id: int = 0, device: str = "cpu", *, config: RunConfig, model: Pretrained, **kwargs: Any
+    ) -> None:
         super().__init__(client_id=client_id, device=device, **kwargs)
-        self.workload = workload
+        self.workload = workload = self.kind(config=config, model=model)
         self.seed = workload.config.federation.seed
         site = workload.data()[0].sites[client_id]
         self.train = workload.examples(site.train)
         self.held_out = workload.examples(workload.sample(site.held_out, site.name))
-        self.frozen = parse_layers(workload.privacy.freeze_layers)
         self.private = workload.private(len(self.train)) if workload.privacy.dpsgd else None
         if self.private is not None:  # its steps are the private optimizer's own
             self.honours = frozenset()
@@ -53,7 +59,7 @@ class WorkloadClient(BaseFederatedClient):
         """Local AdamW steps; the weight is the number of examples that the site trains on."""
         module = self.workload.module(self.device)
         load_parameters(module, self.workload.received(parameters, self.client_id))
-        with frozen(module, chosen_layers(self.frozen, list(parameters))):
+        with self.workload.frozen(module):
             outcome = self._fit(module, int(config["round"]))
         self.travelled = outcome.travelled
         trained = self.workload.returned(lend_parameters(module), parameters, self.client_id)
@@ -62,15 +68,10 @@ class WorkloadClient(BaseFederatedClient):
     def _fit(self, module: nn.Module, round: int) -> Outcome:
         if self.private is not None:
             return self.private.fit(module, self.train)
-        options, trainer = self.workload.config.client, self.workload.trainer()
-        batches = repeated(
-            self.train,
-            epochs=options.local_epochs,
-            steps=_batches(options.local_steps, trainer.accumulation),
-            generator=rng.public(self.seed, round, f"{self.workload.name}-train", self.site),
-        )
+        generator = rng.public(self.seed, round, f"{self.workload.name}-train", self.site)
         seed = rng.public_seed(self.seed, round, "torch", self.site)
-        return trainer.fit(module, batches, seed, self._own_terms())
+        batches = self.workload.batches(self.train, generator)
+        return self.workload.trainer().fit(module, batches, seed, self._own_terms())
 
     def _own_terms(self) -> LocalTerms:
         """The algorithm's, of what this site has: nothing is pulled, or drifts, where it has nothing."""
@@ -87,7 +88,3 @@ class WorkloadClient(BaseFederatedClient):
         load_parameters(module, parameters)
         outcome = self.workload.evaluate(module, self.held_out)
         return outcome.loss, len(self.held_out), self.workload.figures(outcome)
-
-
-def _batches(steps: int | None, accumulation: int) -> int | None:
-    return None if steps is None else steps * accumulation

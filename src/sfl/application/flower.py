@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.clientapp import ClientApp  # noqa: TID251 - the type of what Flower is given
-from flwr.serverapp import ServerApp  # noqa: TID251
-
 from sfl.application.config import RunConfig
 from sfl.application.job import Application
-from sfl.engine.flower.configured import Written, configured_client, configured_server
+from sfl.engine.flower.configured import ClientApp, ServerApp, Written, configured_client, configured_server
 from sfl.engine.launch import Launch
 from sfl.io.checkpoint import load_state
 from sfl.io.run_folder import RunFolder

@@ -74,7 +74,7 @@ class Application(Generic[C]):
             console(Notice(text=model.why))
             pinned = self._pinned(config, model, resume)
             folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
-            write_config = self._kept(folder, resume, pinned, model)(resolved, console)
+            write_config = self._kept(folder, resume).begin(pinned, self.workload(pinned, model), resolved, console)
 
             def went_on(event: Event) -> None:
                 if resume and isinstance(event, RunStarted):
@@ -105,9 +105,10 @@ class Application(Generic[C]):
         say(model.why)
         pinned = self._pinned(resolved.config, model, resume)
         folder = RunFolder.existing(resume) if resume else RunFolder.create(Path(str(pinned.logging.out)))
-        begin = self._kept(folder, resume, pinned, model)
-        write_config = begin(resolved, lambda event: _say_notice(event, say))
-        return self._recipe(pinned, model)[0], folder.path, write_config
+        workload = self.workload(pinned, model)
+        kept = self._kept(folder, resume)
+        write_config = kept.begin(pinned, workload, resolved, lambda event: _say_notice(event, say))
+        return self._recipe(pinned, model), folder.path, write_config
 
     def job(self, config: C, say: Callable[[str], object]) -> Recipe:
         """The recipe alone, after a look at model and data."""
@@ -120,35 +121,21 @@ class Application(Generic[C]):
         pinned = self._pinned(config, model, None)
         for line in self.workload(pinned, model).data()[1].warnings():
             say(line)
-        return self._recipe(pinned, model)[0]
+        return self._recipe(pinned, model)
 
     def export(self, config: C, parameters: Parameters, folder: RunFolder) -> None:
         """Write the final model into a run's folder, and what it says into the report."""
         from sfl.application.server import WorkloadServer
 
         model = self.find_model(config.client.model)
-        device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
-        WorkloadServer(workload=self.workload(config, model), device=device).export(parameters, folder)
+        server = WorkloadServer(workload=self.workload(config, model), device=_own_device(config))
+        server.export(parameters, folder)
 
-    def _kept(
-        self, folder: RunFolder, resume: Path | None, config: C, model: Pretrained
-    ) -> Callable[[Resolved[C], Observer], Callable[[], None]]:
-        """What looks at options and data and writes them down; a folder in which nothing began does not stay."""
+    def _kept(self, folder: RunFolder, resume: Path | None) -> Kept:
+        return Kept(self.name, folder, resume=resume is not None)
 
-        def begin(resolved: Resolved[C], say: Observer) -> Callable[[], None]:
-            kept = Kept(self.name, folder, resume=resume is not None)
-            try:
-                return kept.begin(config, self.workload(config, model), resolved, say)
-            except BaseException:
-                folder.discard_if_empty()
-                raise
-
-        return begin
-
-    def _recipe(self, config: C, model: Pretrained) -> tuple[Recipe, str]:
-        """The recipe, and the server's own device, for evaluation."""
-        device = plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
-        return self.recipe(config, model, device=device), device
+    def _recipe(self, config: C, model: Pretrained) -> Recipe:
+        return self.recipe(config, model, device=_own_device(config))
 
     def _train(
         self,
@@ -160,7 +147,7 @@ class Application(Generic[C]):
         observers: Sequence[Observer],
         resume: bool,
     ) -> None:
-        recipe, _ = self._recipe(config, model)
+        recipe = self._recipe(config, model)
         result = recipe.execute(env, out=folder.path, resume=resume, observers=observers)
         self.export(config, result.parameters, folder)
 
@@ -173,6 +160,11 @@ class Application(Generic[C]):
             privacy=calibrated(config.privacy, config.federation),
             logging=replace(config.logging, out=out),
         )
+
+
+def _own_device(config: RunConfig) -> str:
+    """Where the server evaluates."""
+    return plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
 
 
 def _say_notice(event: Event, say: Callable[[str], object]) -> None:

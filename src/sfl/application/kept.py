@@ -48,14 +48,23 @@ class Kept:
     def begin(
         self, config: RunConfig, workload: Workload[Any, Any], resolved: Resolved[Any], console: Observer
     ) -> Callable[[], None]:
-        """Look at options and data, and write them down.
+        """Look at options and data, and write them down; a folder in which nothing could begin does not stay.
 
         A new run's configuration is written here, so that whatever happens next it can be resumed. That of a run that
         goes on is written when it does, by what is returned: flags that it refuses must not stay.
 
         Raises:
-            ConfigError: If the options, the job or the data are not those that the run began with.
+            ConfigError: If the options or the data are not those that the run began with.
         """
+        try:
+            return self._begin(config, workload, resolved, console)
+        except BaseException:
+            self.folder.discard_if_empty()
+            raise
+
+    def _begin(
+        self, config: RunConfig, workload: Workload[Any, Any], resolved: Resolved[Any], console: Observer
+    ) -> Callable[[], None]:
         fixed = _fixed(config)
         began = (self.folder.read_json(_BEGAN) or {}) if self.resume else {}
         self._require_as_began(began, fixed)

@@ -14,13 +14,11 @@ from sfl.core.aggregator import Aggregator
 from sfl.errors import CompositionError, DataError
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
-from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.privacy.runner_utils import build_protections
 from sfl.recipe import FedAvgRecipe, chosen_recipe
 from sfl.server.robust import build_aggregator
 from sfl.train.devices import limit_threads
-from sfl.train.examples import repeated
-from sfl.train.module import copy_parameters, frozen, lend_parameters, load_parameters, release_resident
+from sfl.train.module import copy_parameters, lend_parameters, load_parameters, release_resident
 from sfl.train.per_example import recording
 from sfl.types import Metrics, Parameters
 
@@ -44,10 +42,8 @@ class WorkloadServer:
         release_resident()
         seed = rng.public_seed(self.workload.config.federation.seed, 0, "initial-parameters")
         module = self.workload.module(self.device, seed=seed)
-        if (
-            self.workload.privacy.dpsgd
-        ):  # a layer that DP-SGD cannot train is said here: sites say nothing of why they fail
-            with recording(module):
+        if self.workload.privacy.dpsgd:  # what it cannot train is said here: sites do not say why they fail
+            with self.workload.frozen(module), recording(module):
                 pass
         return copy_parameters(module)
 
@@ -78,15 +74,11 @@ class WorkloadServer:
         limit_threads(config.federation.threads)
         module = self.workload.module(self.device)
         load_parameters(module, parameters)
-        trainer = self.workload.trainer()
-        batches = repeated(
-            self.workload.examples(own),
-            epochs=config.client.local_epochs,
-            steps=None if config.client.local_steps is None else config.client.local_steps * trainer.accumulation,
-            generator=rng.public(config.federation.seed, round, f"{self.workload.name}-root"),
-        )
-        with frozen(module, chosen_layers(parse_layers(self.workload.privacy.freeze_layers), list(parameters))):
-            trainer.fit(module, batches, rng.public_seed(config.federation.seed, round, "torch-root"))
+        generator = rng.public(config.federation.seed, round, f"{self.workload.name}-root")
+        batches = self.workload.batches(self.workload.examples(own), generator)
+        with self.workload.frozen(module):
+            seed = rng.public_seed(config.federation.seed, round, "torch-root")
+            self.workload.trainer().fit(module, batches, seed)
         return arrays.subtract(lend_parameters(module), parameters)
 
     def _held_out(self) -> tuple[list[Any], list[Any]]:
@@ -97,7 +89,8 @@ class WorkloadServer:
     def export(self, parameters: Parameters, folder: RunFolder) -> None:
         """The final model as its field's libraries load it, and in the report what the model says before and after."""
         limit_threads(self.workload.config.federation.threads)
-        shown = {} if not self.workload.shows else {"before": self._shown(self.initial_parameters())}
+        has_prompts = self.workload.shows and bool(self._held_out()[0])
+        shown = {"before": self._shown(self.initial_parameters())} if has_prompts else {}
         module = self.workload.module(self.device)
         load_parameters(module, parameters)
         self.workload.save(module, folder.model)

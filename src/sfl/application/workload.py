@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic
 
+import numpy as np
 from torch import nn
 
 from sfl.application.config import RunConfig
 from sfl.core import rng
 from sfl.privacy.config import PrivacyConfig
+from sfl.privacy.filters.layers import chosen_layers, parse_layers
 from sfl.train.cleaning import CleaningReport
+from sfl.train.collection import Collection
 from sfl.train.dpsgd import ExampleLosses
-from sfl.train.examples import Batch, Examples
-from sfl.train.federated import Federated, Record
+from sfl.train.examples import Batch, Examples, repeated
+from sfl.train.federated import Federated, R
+from sfl.train.module import frozen, lend_parameters
 from sfl.train.pretrained import Pretrained
 from sfl.train.private import PrivateTraining
 from sfl.train.trainer import BatchLoss, Outcome, Trainer
 from sfl.types import Metrics, Parameters
 
-__all__ = ["R", "Workload"]
-
-R = TypeVar("R", bound=Record)
+__all__ = ["Workload"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Workload(ABC, Generic[R, Batch]):
         name: The application's name.
         unit: What a record's size is counted in, in the report.
         kinds: What a site's records are of, in the report.
+        shows: Whether the report shows what a model says, beside figures.
+        collection: Where its records come from.
         config: The run's configuration.
         model: The model that the run starts from.
     """
@@ -42,16 +48,18 @@ class Workload(ABC, Generic[R, Batch]):
     name: ClassVar[str]
     unit: ClassVar[str]
     kinds: ClassVar[str]
+    shows: ClassVar[bool] = False
+    collection: ClassVar[Collection[Any]]
     config: RunConfig
     model: Pretrained
 
-    @abstractmethod
     def data(self) -> tuple[Federated[R], CleaningReport]:
         """All sites' records, as the configuration shares them out; read once in each process."""
+        return _shared(self.collection, self.config)
 
-    @abstractmethod
     def forget(self) -> None:
         """Read the records anew: their files may have changed since an earlier run of this process."""
+        _shared.cache_clear()
 
     @abstractmethod
     def module(self, device: str, *, seed: int = 0) -> nn.Module:
@@ -60,10 +68,6 @@ class Workload(ABC, Generic[R, Batch]):
     @abstractmethod
     def examples(self, records: Sequence[R]) -> Examples[Batch]:
         """Records as the model is shown them."""
-
-    def count(self, records: Sequence[R]) -> int:
-        """How many examples such records are."""
-        return len(records)
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: Batch) -> BatchLoss:
@@ -98,18 +102,27 @@ class Workload(ABC, Generic[R, Batch]):
         """What a site sends of what it has trained, given what it was sent."""
         return trained
 
-    def size(self, batch: Batch) -> int:
-        """Number of examples in a batch."""
-        return len(batch)  # pyright: ignore[reportArgumentType] - a batch without a length defines this
-
     def trainer(self) -> Trainer[Batch]:
         """The trainer of a site."""
-        return Trainer(loss=self.loss, size=self.size, learning_rate=self.config.client.learning_rate)
+        return Trainer(loss=self.loss, size=len, learning_rate=self.config.client.learning_rate)
 
     def private(self, examples: int) -> PrivateTraining[Batch]:
         """The private trainer of a site with so many examples."""
         config = self.config
-        return PrivateTraining.of(self.losses, self.size, config.client, self.privacy, config.federation, examples)
+        return PrivateTraining.of(self.losses, config.client, self.privacy, config.federation, examples)
+
+    @contextmanager
+    def frozen(self, module: nn.Module) -> Generator[None]:
+        """For a while, what the protections say that sites do not train is not trained."""
+        layers = parse_layers(self.privacy.freeze_layers)
+        with frozen(module, chosen_layers(layers, list(lend_parameters(module)))):
+            yield
+
+    def batches(self, examples: Examples[Batch], generator: np.random.Generator) -> Iterator[Batch]:
+        """A round's, as the options say how many steps or passes it is."""
+        client, each = self.config.client, self.trainer().accumulation
+        steps = None if client.local_steps is None else client.local_steps * each
+        return repeated(examples, epochs=client.local_epochs, steps=steps, generator=generator)
 
     def sample(self, records: Sequence[R], site: str) -> Sequence[R]:
         """At most ``client.eval_records`` of the records, always the same ones."""
@@ -125,11 +138,21 @@ class Workload(ABC, Generic[R, Batch]):
         generator = rng.public(self.config.federation.seed, 0, f"{self.name}-eval-mask")
         return self.trainer().evaluate(module, examples.evaluation(generator))
 
-    @property
-    def shows(self) -> bool:
-        """Whether the report shows what a model says, beside figures."""
-        return False
-
     def shown(self, module: nn.Module) -> list[tuple[str, str]]:  # noqa: ARG002
         """What a model says to some prompts: pairs of prompt and continuation."""
         return []
+
+
+@lru_cache(maxsize=1)
+def _shared(collection: Collection[Any], config: RunConfig) -> tuple[Federated[Any], CleaningReport]:
+    federation, data = config.federation, config.client.data
+    by_file = federation.partition.strip() == "files"
+    records, report = collection.load_sites(data) if by_file else collection.load(data)
+    shared = collection.federate(
+        records,
+        partition=federation.partition,
+        num_clients=federation.num_clients,
+        seed=federation.seed,
+        global_fraction=config.global_fraction,
+    )
+    return shared, report

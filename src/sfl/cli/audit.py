@@ -75,14 +75,12 @@ def _audit_examples(config: RunConfig, run: Path, *, canaries: int, confidence: 
     training = workload.private(len(examples))
 
     def norms() -> NormCheck:
-        from sfl.privacy.filters.layers import chosen_layers, parse_layers
-        from sfl.train.module import frozen, lend_parameters, load_parameters
+        from sfl.train.module import load_parameters
 
         module, newest = workload.module("cpu"), _newest(run)
         if newest is not None:
             load_parameters(module, newest)
-        names = chosen_layers(parse_layers(workload.privacy.freeze_layers), list(lend_parameters(module)))
-        with frozen(module, names):
+        with workload.frozen(module):
             return training.example_norms(module, examples)
 
     pipeline = StepPipeline(

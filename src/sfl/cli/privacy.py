@@ -70,7 +70,7 @@ def _write_examples(job: str, options: RunConfig) -> None:
     privacy, federation = options.privacy, options.federation
     application = APPLICATIONS[job].load()
     workload = application.workload(options, application.find_model(options.client.model))
-    sizes = [workload.count(site.train) for site in workload.data()[0].sites]
+    sizes = [len(site.train) for site in workload.data()[0].sites]
     rounds = math.ceil(federation.num_rounds / federation.turns)
     accountant = PrivacyAccountant(delta=privacy.dpsgd_delta, method=privacy.dp_accountant)
     size = min(sizes)

@@ -7,6 +7,7 @@ by a person; nothing of it is pickled.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -63,6 +64,16 @@ class Launch:
     def final(self) -> Path:
         """The last server state."""
         return self.folder / "final.safetensors"
+
+    def move(self, folder: Path) -> Launch:
+        """Put a launch that was made aside in its place, unless another process was faster; the one that is there."""
+        try:
+            self.folder.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            shutil.rmtree(self.folder)
+        return Launch(folder)
 
     def read_settings(self) -> dict[str, Any]:
         """The settings.

@@ -8,7 +8,6 @@ from typing import Any
 from sfl.errors import DataError, nearest
 from sfl.esm2.fasta import parse_fasta
 from sfl.esm2.proteins import RawProtein
-from sfl.train import sources
 from sfl.train.sources import Shelf, Source, content, is_parquet, is_table, text_of
 from sfl.train.tables import Table, csv_table, first_of, hub_table, parquet_table, saved_table
 
@@ -24,11 +23,6 @@ PROTEINS = Shelf(
 _SEQUENCE = ("sequence", "seq", "protein", "protein_sequence", "aa_seq")
 _ID = ("id", "accession", "entry", "protein_id", "name")
 _ORGANISM = ("organism", "species")
-
-
-def resolve(data: str) -> list[Source]:
-    """The sources that ``data`` names; see `sfl.train.sources.resolve`."""
-    return sources.resolve(data, PROTEINS)
 
 
 def read(source: Source) -> Iterable[RawProtein]:

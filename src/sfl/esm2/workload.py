@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -13,7 +12,7 @@ from torch import nn
 from sfl.application.workload import Workload
 from sfl.esm2.alphabet import PackedProteins
 from sfl.esm2.config import ESM2RunConfig
-from sfl.esm2.dataset import CleaningReport, FederatedProteins, federate_proteins, figures, load_proteins, load_sites
+from sfl.esm2.dataset import COLLECTION, figures
 from sfl.esm2.loss import mlm_loss, mlm_losses
 from sfl.esm2.masking import MaskedBatch, ProteinExamples
 from sfl.esm2.model import load_model, save_model
@@ -42,15 +41,8 @@ class ESM2Workload(Workload[ProteinRecord, MaskedBatch]):
     name: ClassVar[str] = "esm2"
     unit: ClassVar[str] = "residues"
     kinds: ClassVar[str] = "organisms"
+    collection = COLLECTION
     config: ESM2RunConfig
-
-    def data(self) -> tuple[FederatedProteins, CleaningReport]:
-        """All sites' proteins, as the configuration shares them out; read once in each process."""
-        return _federated(self.config)
-
-    def forget(self) -> None:
-        """Read the proteins anew: their files may have changed."""
-        _federated.cache_clear()
 
     def module(self, device: str, *, seed: int = 0) -> EsmForMaskedLM:
         """The worker's one model of this source; ``seed`` is that of arrays which the checkpoint lacks."""
@@ -82,18 +74,3 @@ class ESM2Workload(Workload[ProteinRecord, MaskedBatch]):
     def save(self, module: nn.Module, folder: Path) -> None:
         """The final model as ``transformers`` loads it."""
         save_model(cast("EsmForMaskedLM", module), folder)
-
-
-@lru_cache(maxsize=1)
-def _federated(config: ESM2RunConfig) -> tuple[FederatedProteins, CleaningReport]:
-    federation, data = config.federation, config.client.data
-    by_file = federation.partition == "files"
-    records, report = load_sites(data) if by_file else load_proteins(data)
-    shared = federate_proteins(
-        records,
-        partition=federation.partition,
-        num_clients=federation.num_clients,
-        seed=federation.seed,
-        global_fraction=config.global_fraction,
-    )
-    return shared, report

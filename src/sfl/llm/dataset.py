@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 
 from sfl.errors import DataError, nearest
 from sfl.llm.documents import Document, Turns, clean, turns_of
-from sfl.train import sources
 from sfl.train.cleaning import CleaningReport
-from sfl.train.federated import Federated, Shares, federate, most_frequent
-from sfl.train.sources import Shelf, Source, content, is_parquet, is_table, names_of_sites, text_of
+from sfl.train.collection import Collection
+from sfl.train.federated import Federated, most_frequent
+from sfl.train.sources import Shelf, Source, content, is_parquet, is_table, text_of
 from sfl.train.tables import Table, csv_table, hub_table, json_table, parquet_table, saved_table
 
 __all__ = [  # noqa: RUF022 - plain order
+    "COLLECTION",
     "CleaningReport",
     "Document",
     "FederatedDocuments",
@@ -45,59 +46,23 @@ _KINDS = ("speaker", "author", "label", "work", "source")
 FederatedDocuments: TypeAlias = Federated[Document]
 
 
-def load_documents(data: str = "") -> tuple[list[Document], CleaningReport]:
-    """All usable documents that ``data`` names, in file order; what is said twice is kept once.
-
-    Args:
-        data: Empty for the bundled sample, or a path, ``path:column``, folder, comma list, pattern, or ``hf:NAME``
-            (see `sfl.train.sources.resolve`). A text file's documents are parted by blank lines.
-
-    Raises:
-        DataError: A source is missing or unreadable, or nothing in it is usable.
-        MissingExtraError: A source needs pyarrow or datasets, which is not installed.
-    """
-    seen: set[str] = set()
-    parts = [clean(_read(source), source=source.text, seen=seen) for source in sources.resolve(data, TEXTS)]
-    documents = [document for part, _ in parts for document in part]
-    name = parts[0][1].source if len(parts) == 1 else data
-    report = CleaningReport.merge(name, (part for _, part in parts))
-    _require_usable(report)
-    return documents, report
+def _read(source: Source, seen: set[str]) -> tuple[list[Document], CleaningReport]:
+    return clean(_rows(source), source=source.text, seen=seen)
 
 
-def load_sites(data: str) -> tuple[dict[str, list[Document]], CleaningReport]:
-    """The same, by file, for partition ``files``: one file is one site, called as the file."""
-    found = sources.resolve(data, TEXTS)
-    sites: dict[str, list[Document]] = {}
-    reports: list[CleaningReport] = []
-    for name, source in zip(names_of_sites(found), found, strict=True):
-        sites[name], report = clean(_read(source), source=source.text)
-        _require_usable(report)
-        reports.append(report)
-    return sites, CleaningReport.merge(data, reports)
+COLLECTION = Collection(
+    shelf=TEXTS,
+    read=_read,
+    record="document",
+    content="text",
+    holds="texts",
+    hint="name a column after a colon, as in key:author",
+)
+"""Documents. A field of their partition is a column of the source: ``work`` or ``speaker`` in the bundled sample."""
 
-
-def federate_documents(
-    documents: Sequence[Document] | Mapping[str, Sequence[Document]],
-    *,
-    partition: str,
-    num_clients: int,
-    seed: int,
-    eval_fraction: float = 0.1,
-    global_fraction: float = 0.1,
-) -> FederatedDocuments:
-    """Share documents among sites and hold some out; see `sfl.train.federated.federate`.
-
-    A field of the partition is a column of the source: ``work`` or ``speaker`` in the bundled sample.
-    """
-    shares = Shares(
-        partition=partition,
-        num_clients=num_clients,
-        seed=seed,
-        eval_fraction=eval_fraction,
-        global_fraction=global_fraction,
-    )
-    return federate(documents, shares, what="text", hint="name a column after a colon, as in key:author")
+load_documents = COLLECTION.load
+load_sites = COLLECTION.load_sites
+federate_documents = COLLECTION.federate
 
 
 def figures(documents: Sequence[Document]) -> dict[str, Any]:
@@ -110,7 +75,7 @@ def figures(documents: Sequence[Document]) -> dict[str, Any]:
     }
 
 
-def _read(source: Source) -> Iterator[tuple[str, Turns | None, Mapping[str, str]]]:
+def _rows(source: Source) -> Iterator[tuple[str, Turns | None, Mapping[str, str]]]:
     """Id, turns and other fields of each record."""
     if source.hub:
         return _records(hub_table(source.hub, source.text, source.split, nested=True), source)
@@ -151,12 +116,3 @@ def _refuse(names: Sequence[str], source: Source) -> None:
         f"{nearest(source.column or 'text', names) if names else ''} "
         "Name the column of texts after a colon, as in data.jsonl:body."
     )
-
-
-def _require_usable(report: CleaningReport) -> None:
-    if not report.kept:
-        lines = "; ".join(report.warnings())
-        raise DataError(
-            f"{report.source} must hold at least one usable document, got {report.read} records ({report.counts()}). "
-            f"Check that it holds texts{f': {lines}' if lines else ''}."
-        )

@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -18,7 +17,7 @@ from sfl.core import rng
 from sfl.core.lora import restored, restricted
 from sfl.errors import CompositionError, ConfigError, DataError, ModelError
 from sfl.llm.config import LLMRunConfig
-from sfl.llm.dataset import CleaningReport, FederatedDocuments, federate_documents, figures, load_documents, load_sites
+from sfl.llm.dataset import COLLECTION, figures
 from sfl.llm.documents import Document
 from sfl.llm.encoding import encode
 from sfl.llm.loss import lm_loss, lm_losses
@@ -49,15 +48,9 @@ class LLMWorkload(Workload[Document, TokenBatch]):
     name: ClassVar[str] = "llm"
     unit: ClassVar[str] = "characters"
     kinds: ClassVar[str] = "sources"
+    shows: ClassVar[bool] = True
+    collection = COLLECTION
     config: LLMRunConfig
-
-    def data(self) -> tuple[FederatedDocuments, CleaningReport]:
-        """All sites' documents, as the configuration shares them out; read once in each process."""
-        return _federated(self.config)
-
-    def forget(self) -> None:
-        """Read the documents anew: their files may have changed."""
-        _federated.cache_clear()
 
     def module(self, device: str, *, seed: int = 0) -> nn.Module:
         """The worker's one model, its base shared by all sites; ``seed`` is that of the adapters' first values.
@@ -111,6 +104,9 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         """Whether documents share rows: not where a row must be of one, and not before virtual tokens."""
         return not self.config.privacy.dpsgd and self.config.client.peft in ("lora", "none")
 
+    def _encoded(self, records: Sequence[Document]) -> tuple[Tokens, ...]:
+        return encode(records, self.tokenizer(), self.config.client.max_length)
+
     def examples(self, records: Sequence[Document]) -> Packed | Rows:
         """Documents as tokens in rows.
 
@@ -118,7 +114,7 @@ class LLMWorkload(Workload[Document, TokenBatch]):
             DataError: If in none of them a token is to be learnt. Under DP-SGD that is not said: it is of the data.
         """
         client = self.config.client
-        documents = _encoded(self, tuple(records))
+        documents = self._encoded(records)
         if documents and not self.config.privacy.dpsgd and all((d.targets == IGNORED).all() for d in documents):
             raise DataError(
                 f"documents must have a token to learn, got none in {len(documents)} documents"
@@ -177,17 +173,11 @@ class LLMWorkload(Workload[Document, TokenBatch]):
         """The final model, or its adapters, as ``peft`` and ``transformers`` load them."""
         save_model(module, self.tokenizer(), folder)
 
-    @property
-    def shows(self) -> bool:
-        """What a language model says is worth seeing; not in a private run whose prompts come from sites' own files."""
-        privacy, partition = self.config.privacy, self.config.federation.partition
-        return not (partition == "files" and (privacy.dp or privacy.dpsgd))
-
     def shown(self, module: nn.Module) -> list[tuple[str, str]]:
         """What the model says, taking the likeliest token each time, to the first words of texts that no site has."""
         tokenizer = self.tokenizer()
         said: list[tuple[str, str]] = []
-        for tokens in _encoded(self, tuple(self.data()[0].held_out[:_PROMPTS])):
+        for tokens in self._encoded(self.data()[0].held_out[:_PROMPTS]):
             prompt = tokens.ids[: max(1, min(_PROMPT_TOKENS, len(tokens) - 1, self._places(module) - 1))]
             room = min(_SAID, self._places(module) - len(prompt))
             whole = _continued(module, prompt.tolist(), int(tokenizer.eos_token_id), room)
@@ -212,21 +202,3 @@ def _continued(module: nn.Module, prompt: list[int], end: int, most: int) -> lis
             eos_token_id=end,
         )
     return [int(token) for token in made[0]]
-
-
-@lru_cache(maxsize=1)
-def _federated(config: LLMRunConfig) -> tuple[FederatedDocuments, CleaningReport]:
-    federation, data = config.federation, config.client.data
-    records, report = load_sites(data) if federation.partition == "files" else load_documents(data)
-    shared = federate_documents(
-        records,
-        partition=federation.partition,
-        num_clients=federation.num_clients,
-        seed=federation.seed,
-        global_fraction=config.global_fraction,
-    )
-    return shared, report
-
-
-def _encoded(workload: LLMWorkload, records: tuple[Document, ...]) -> tuple[Tokens, ...]:
-    return encode(records, workload.tokenizer(), workload.config.client.max_length)

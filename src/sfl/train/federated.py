@@ -14,7 +14,7 @@ from sfl.core.rng import public
 from sfl.errors import ConfigError, DataError, nearest
 from sfl.train.partition import PartitionSpec, check_disjoint, parse_partition, partition_indices, split_holdout
 
-__all__ = ["Federated", "Record", "Shares", "SiteRecords", "check_leakage", "federate", "most_frequent"]
+__all__ = ["Federated", "R", "Record", "Shares", "SiteRecords", "check_leakage", "federate", "most_frequent"]
 
 _MIN_SITE = 2  # one record to train on, one held out
 

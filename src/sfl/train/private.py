@@ -38,7 +38,6 @@ class PrivateTraining(Generic[Batch]):
 
     Attributes:
         losses: Each example's own loss.
-        size: Number of examples in a batch.
         client: How a site trains.
         privacy: Clip, noise and their kind.
         rate: q.
@@ -47,7 +46,6 @@ class PrivateTraining(Generic[Batch]):
     """
 
     losses: Callable[[nn.Module, Batch], ExampleLosses]
-    size: Callable[[Batch], int]
     client: ClientConfig
     privacy: PrivacyConfig
     rate: float
@@ -58,7 +56,6 @@ class PrivateTraining(Generic[Batch]):
     def of(
         cls,
         losses: Callable[[nn.Module, Batch], ExampleLosses],
-        size: Callable[[Batch], int],
         client: ClientConfig,
         privacy: PrivacyConfig,
         federation: FederationConfig,
@@ -76,7 +73,6 @@ class PrivateTraining(Generic[Batch]):
             )
         return cls(
             losses=losses,
-            size=size,
             client=client,
             privacy=privacy,
             rate=rate,
@@ -92,7 +88,7 @@ class PrivateTraining(Generic[Batch]):
         """The trainer of this site."""
         return PrivateTrainer(
             losses=self.losses,
-            size=self.size,
+            size=len,
             learning_rate=self.client.learning_rate,
             clip_norm=self.privacy.dpsgd_clip,
             noise_multiplier=self.noise_multiplier,

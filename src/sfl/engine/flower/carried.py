@@ -114,13 +114,7 @@ def _unpacked(module: str, home: Path, order: Order, place: Place) -> Launch:
     shutil.copy(packed.program, partial.program)
     recipe = json.loads((packed.folder / "recipe.json").read_text(encoding="utf-8"))["safetensors"]
     partial.recipe.write_bytes(base64.b64decode(recipe, validate=True))
-    try:
-        partial.folder.rename(launch.folder)
-    except OSError:  # another message of this run was faster
-        if not launch.folder.exists():
-            raise
-        shutil.rmtree(partial.folder)
-    return launch
+    return partial.move(launch.folder)
 
 
 def _plain(site: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from sfl.engine.launch import Launch
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
 
-__all__ = ["Begin", "Written", "configured_client", "configured_server"]
+__all__ = ["Begin", "ClientApp", "ServerApp", "Written", "configured_client", "configured_server"]
 
 _IDLE = 900.0  # seconds after which a process of sites that nobody asks anything ends; it begins anew when it is asked
 
@@ -112,10 +111,4 @@ def _launch(home: Path, name: str, options: Mapping[str, Any], begin: Begin, her
         **here,
     }
     write_text(partial.settings, json.dumps(settings, indent=1) + "\n")
-    try:
-        partial.folder.rename(launch.folder)
-    except OSError:  # another message of this run was faster
-        if not launch.folder.exists():
-            raise
-        shutil.rmtree(partial.folder)
-    return launch
+    return partial.move(launch.folder)
