@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.common import Message  # noqa: TID251 - the engine is given what it would be given by a grid
 
-from sfl.engine.flower import server
+from sfl.engine.flower import nodes
 from sfl.engine.flower.messages import pack
 from sfl.engine.flower.server import FlowerEngine
 from sfl.errors import EngineError
@@ -61,15 +61,15 @@ def engine(grid: Any, **more: Any) -> FlowerEngine:
 
 
 def test_slow_nodes_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_HELLO_SECONDS", 0.05)
+    monkeypatch.setattr(nodes, "_HELLO_SECONDS", 0.05)
     grid = SlowGrid(late=0.4)
     assert engine(grid, wait=20.0).clients() == ["site-1", "site-2"]
     assert len(grid.asked) == 2
 
 
 def test_nodes_that_do_not_answer_are_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_HELLO_SECONDS", 0.02)
-    monkeypatch.setattr(server, "_PATIENT", 0.1)
+    monkeypatch.setattr(nodes, "_HELLO_SECONDS", 0.02)
+    monkeypatch.setattr(nodes, "_PATIENT", 0.1)
     grid = SlowGrid(late=1e9)
     with pytest.raises(EngineError, match="all 2 sites must connect"):
         engine(grid, wait=0.5)

@@ -7,9 +7,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -18,17 +17,14 @@ from sfl.core.events import TransferProgress
 from sfl.core.task import EVALUATE, FIT, Reply, Status, Task
 from sfl.engine.base import Engine
 from sfl.engine.flower.messages import pack, unpack
+from sfl.engine.flower.nodes import MessageId, Nodes, Pause
 from sfl.engine.freight import Freight, Key, Ready
 from sfl.engine.wire import pack_task, read_answer
-from sfl.errors import EngineError
 from sfl.types import Parameters
 
 _log = logging.getLogger(__name__)
-_HELLO_SECONDS, _PATIENT = 10.0, 60.0  # between two looks for new nodes; that a node gets to say who it is
-_POLL = (0.005, 0.05)  # seconds between two looks for replies: at first, and at most
+_LOOK = 0.005  # seconds between two looks for a piece
 _TYPES = {FIT: MessageType.TRAIN, EVALUATE: MessageType.EVALUATE}
-MessageId: TypeAlias = str
-
 
 WAIT = 120.0
 """Seconds that sites get to connect."""
@@ -71,18 +67,16 @@ class FlowerEngine(Engine):
     ) -> None:
         self._grid, self._what, self._dismiss, self._abreast = grid, what, dismiss, abreast
         self._ids = {} if isinstance(planned, int) else {name: index for index, name in enumerate(planned)}
-        self._nodes: dict[int, str] = {}  # node to site; empty for a node that is none of ours
-        self._refusals: dict[int, str] = {}
-        self._asked: dict[MessageId, tuple[int, float]] = {}  # nodes that have not said who they are, and since when
+        self._nodes = Nodes(grid)
         self._last, self._life = 0, secrets.token_hex(8)
         self._open: dict[MessageId, Errand] = {}  # at their sites
         self._behind: deque[Errand] = deque()  # each waits until its site has answered what was sent before
         self._aside: list[Reply] = []  # known, and not drawn
         self._freight = Freight(self._post, self._life, self._oldest)
         if isinstance(planned, int):
-            self._await_any(planned, wait)
+            self._ids = {name: index for index, name in enumerate(self._nodes.await_any(planned, wait))}
         else:
-            self._await_sites(wait)
+            self._nodes.await_sites(planned, wait)
 
     def clients(self) -> list[str]:
         """Names of the planned sites, sorted."""
@@ -91,13 +85,13 @@ class FlowerEngine(Engine):
     def send(self, task: Task, clients: Sequence[str]) -> int:
         """Push one message to each site's node; a site without a node has failed."""
         self._last += 1
-        self._meet(set(self._grid.get_node_ids()))
+        self._nodes.meet()
         self._behind += [Errand(self._last, site, task) for site in clients]
         self._go_on()
         return self._last
 
     def _push(self, ticket: int, task: Task, sites: Sequence[str]) -> None:
-        where = self._where()
+        where = self._nodes.where()
         there = [site for site in sites if site in where]
         if there:
             text, arrays = pack_task(ticket, task, {site: self._ids[site] for site in there}, self._life)
@@ -113,7 +107,7 @@ class FlowerEngine(Engine):
 
     def _put(self, ticket: int, sites: Sequence[str], text: str, arrays: Parameters) -> None:
         """Push a task as one message to each site."""
-        said, where = json.loads(text), self._where()
+        said, where = json.loads(text), self._nodes.where()
         content, kind = pack(text, arrays), _TYPES.get(said["name"], MessageType.QUERY)
         messages = [Message(content, where[site], kind, group_id=str(said["round"])) for site in sites]
         errands = [Errand(ticket, site, None) for site in sites]
@@ -121,16 +115,13 @@ class FlowerEngine(Engine):
 
     def _post(self, site: str, text: str, arrays: Parameters) -> Key:
         """Push what carries a piece, or asks for one."""
-        node = self._where().get(site)
+        node = self._nodes.where().get(site)
         if node is None:
             raise ValueError("its node has left the federation")
         sent = next(iter(self._grid.push_messages([Message(pack(text, arrays), node, MessageType.QUERY)])), None)
         if sent is None:
             raise ValueError("the SuperLink took no message for it")
         return sent
-
-    def _where(self) -> dict[str, int]:
-        return {site: node for node, site in self._nodes.items() if site}
 
     def _oldest(self) -> int:
         """The oldest ticket of which something is outstanding."""
@@ -167,7 +158,7 @@ class FlowerEngine(Engine):
 
     def incoming(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
         """See ``Engine.incoming``."""
-        pause = _Pause(timeout)
+        pause = Pause(timeout)
         while True:
             at = next((at for at, reply in enumerate(self._aside) if ticket in (None, reply.ticket)), None)
             if at is not None:
@@ -197,7 +188,7 @@ class FlowerEngine(Engine):
     def _pump(self) -> bool:
         if self._pull():
             return True
-        time.sleep(_POLL[0])
+        time.sleep(_LOOK)
         return False
 
     def _pull(self) -> bool:
@@ -212,7 +203,7 @@ class FlowerEngine(Engine):
                 self._aside.append(self._arrived(errand, message))
                 continue
             follows = self._freight.came(sent, _content(message))
-            if isinstance(follows, Ready) and follows.site in self._where():
+            if isinstance(follows, Ready) and follows.site in self._nodes.where():
                 self._put(follows.ticket, [follows.site], follows.text, {})
             elif isinstance(follows, Ready):
                 self._aside.append(_gone(follows.ticket, follows.site))
@@ -236,98 +227,16 @@ class FlowerEngine(Engine):
         self._freight.cancel(ticket)
         self._go_on()
 
-    def _await_sites(self, wait: float) -> None:
-        deadline = time.monotonic() + wait
-        while True:
-            self._meet(set(self._grid.get_node_ids()))
-            missing = sorted(set(self._ids) - set(self._nodes.values()))
-            if not missing:
-                return
-            if time.monotonic() >= deadline:
-                raise EngineError(
-                    f"all {len(self._ids)} sites must connect within {wait:g} s, got {len(self._ids) - len(missing)}; "
-                    f"missing are {', '.join(missing[:5])}. Start their nodes, or plan fewer sites."
-                    + "".join(f"\n  node {node}: {reason}" for node, reason in self._refusals.items())
-                )
-            time.sleep(_POLL[1])
-
-    def _await_any(self, count: int, wait: float) -> None:
-        deadline = time.monotonic() + wait
-        while True:
-            self._meet(set(self._grid.get_node_ids()))
-            names = sorted(filter(None, self._nodes.values()))
-            if len(names) == count and len(set(names)) == count:
-                self._ids = {name: index for index, name in enumerate(names)}
-                return
-            if len(names) > count or time.monotonic() >= deadline:
-                raise EngineError(
-                    f"as many sites must be connected as num_clients={count}, each with a name of its own, got "
-                    f"{len(names)}: {', '.join(names)}. Start the missing ones, set --num-clients, or name the sites."
-                    + "".join(f"\n  node {node}: {reason}" for node, reason in self._refusals.items())
-                )
-            time.sleep(_POLL[1])
-
-    def _meet(self, nodes: set[int]) -> None:
-        """Ask nodes that are new for the name of their site, and forget those that have left.
-
-        A question stays open past the time that is waited for its answer: each starts a process at its node, and on a
-        busy machine asking again and again would keep all of them from answering.
-        """
-        self._nodes = {node: site for node, site in self._nodes.items() if node in nodes}
-        now = time.monotonic()
-        self._asked = {
-            sent: (node, when) for sent, (node, when) in self._asked.items() if node in nodes and now - when < _PATIENT
-        }
-        new = sorted(nodes - self._nodes.keys() - {node for node, _ in self._asked.values()})
-        if new:
-            content = pack(json.dumps({"hello": 1}), {})
-            sent = self._grid.push_messages([Message(content, node, MessageType.QUERY) for node in new])
-            self._asked |= {message: (node, now) for message, node in zip(sent, new, strict=True)}
-        pause = _Pause(_HELLO_SECONDS)
-        while self._asked:
-            for message in self._grid.pull_messages(list(self._asked)):
-                node, _ = self._asked.pop(message.metadata.reply_to_message_id, (None, 0.0))
-                if node is not None and message.has_error():  # it is asked again with the next look
-                    self._refusals[node] = message.error.reason or f"error {message.error.code}"
-                elif node is not None:
-                    self._nodes[node] = _site_name(message)
-            if self._asked and not pause.wait():
-                return
-
-    def _ask(self, text: Mapping[str, int], nodes: Sequence[int], seconds: float) -> Iterator[tuple[int, Message]]:
-        """Ask nodes something that is no task; what they answer in time."""
-        content = pack(json.dumps(text), {})
-        sent = self._grid.push_messages([Message(content, node, MessageType.QUERY) for node in nodes])
-        asked, pause = dict(zip(sent, nodes, strict=True)), _Pause(seconds)
-        while asked:
-            for message in self._grid.pull_messages(list(asked)):
-                node = asked.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, message
-            if asked and not pause.wait():
-                return
-
     def close(self) -> None:
         """Let nodes that live on forget the run."""
         if self._dismiss:
             self._dismiss = False
-            known = [node for node, site in self._nodes.items() if site]
-            for node, message in self._ask({"bye": 1}, known, _PATIENT):
-                if message.has_error():
-                    _log.warning("%s keeps the run's process: %s", self._nodes[node], message.error.reason)
+            for site, reason in self._nodes.dismiss():
+                _log.warning("%s keeps the run's process: %s", site, reason)
 
     def describe(self) -> str:
         """The engine in words."""
         return self._what
-
-
-def _site_name(message: Message) -> str:
-    """The name that a node gave; none if it is no node of ours."""
-    try:
-        text, _ = unpack(message.content)
-        return str(json.loads(text)["site"])
-    except (ValueError, KeyError, TypeError):
-        return ""
 
 
 def _gone(ticket: int, site: str) -> Reply:
@@ -342,23 +251,3 @@ def _content(message: Message) -> tuple[str, Parameters] | str:
         return unpack(message.content)
     except ValueError as error:
         return str(error)
-
-
-class _Pause:
-    """Waits between two looks: longer and longer, until the time is over."""
-
-    def __init__(self, timeout: float | None) -> None:
-        self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._seconds = _POLL[0]
-
-    def reset(self) -> None:
-        """Something came: look again soon."""
-        self._seconds = _POLL[0]
-
-    def wait(self) -> bool:
-        """Wait for the next look; false when the time is over."""
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            return False
-        time.sleep(self._seconds)
-        self._seconds = min(2 * self._seconds, _POLL[1])
-        return True
