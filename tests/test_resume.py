@@ -211,7 +211,7 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_a_whole_run(tmp_path: 
     with start(tmp_path / "whole", "new") as process:
         assert process.wait() == 0
     out, draw, kills = tmp_path / "run", random.Random(), 0
-    # Each is killed a moment after it went a checkpoint on, however slow the machine is; some earlier, while they begin.
+    # Each is killed a moment after it went a checkpoint on, however slow the machine; some earlier, as they begin.
     for further in (1, 0, 1, 1, 0, 1):
         kept = len(_checkpoints(out))
         with start(out, "resume") as process:
