@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sfl.client.script import ScriptClient
-from sfl.client.site import Site, SiteProgram
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.task import EVALUATE, FIT, Reply, Task
 from sfl.env import SimEnv
 from sfl.recipe import FedAvgRecipe, RunResult
@@ -53,7 +53,7 @@ def lenient(sites: int) -> FederationConfig:
 
 def site(script: str, name: str = "site-1", index: int = 0, folder: Path | None = None, **options: Any) -> Site:
     fields = {"path": script, "rounds": 3, "job": "job"} | options
-    made = Site(SiteProgram(client=ScriptClient, kwargs={"script": fields}), name, index, folder=folder)
+    made = Site(SiteProgram(client=ScriptClient, kwargs={"script": fields}), name, index, home=SiteHome(folder=folder))
     OPEN.append(made)
     return made
 

@@ -8,7 +8,7 @@ import pytest
 
 import clients
 from sfl.client.inference import BaseInferenceClient
-from sfl.client.site import Site, SiteProgram
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.task import END, EVALUATE, FIT, Status, Task, Update
 from sfl.core.transform import chain
 from sfl.types import ClientUpdate, Config, Metrics, Parameters
@@ -17,7 +17,9 @@ W = {"w": np.zeros(2)}
 
 
 def site(client: Any, folder: Path | None = None, *, transforms: Any = (), **program: Any) -> Site:
-    return Site(SiteProgram(client=client, chain=chain(*transforms), **program), "site-2", 1, folder=folder)
+    return Site(
+        SiteProgram(client=client, chain=chain(*transforms), **program), "site-2", 1, home=SiteHome(folder=folder)
+    )
 
 
 def used(site: Site, round: int, name: str = FIT) -> Update:

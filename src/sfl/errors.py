@@ -10,6 +10,7 @@
     ├── ClientApiError (RuntimeError)  a training script called the Client API out of order
     ├── ScriptError                    a site's training script failed, or ended too early
     ├── RoundError                     a round ended with fewer usable replies than its minimum
+    ├── ProtocolError                  a site was asked for a step of a protocol that it must not take
     ├── EngineError                    the engine lost a worker or could not carry a task
     ├── CheckpointError                no usable checkpoint, or one that is torn or edited
     └── LedgerError                    the privacy ledger is broken, edited or cannot be written
@@ -71,6 +72,10 @@ class ScriptError(SflError):
 
 class RoundError(SflError):
     """A round ended with fewer usable replies than its minimum."""
+
+
+class ProtocolError(SflError):
+    """A site was asked for a step of a protocol that it must not take; it sends nothing."""
 
 
 class EngineError(SflError):

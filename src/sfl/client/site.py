@@ -18,11 +18,12 @@ from sfl.client.callbacks import SiteCallback
 from sfl.client.rule import LocalRule
 from sfl.client.spending import Spending
 from sfl.core import arrays, check, quantise, rng
+from sfl.core.secure import SecureSite, SecureSum
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.terms import LocalTerms
 from sfl.core.transform import Chain, flat
-from sfl.errors import BudgetExhausted, ConfigError, LedgerError, UpdateError
-from sfl.io.site_store import SiteStore
+from sfl.errors import BudgetExhausted, ConfigError, LedgerError, ProtocolError, UpdateError
+from sfl.io.site_store import SecretStore, SiteStore
 from sfl.privacy.budget import PrivacyBudget
 from sfl.types import Config, Metrics, Parameters, StateTree
 
@@ -41,6 +42,7 @@ class SiteProgram:
         callbacks: Called around each task.
         example_budget: What each example of a site may lose; ``None`` if the job promises its examples nothing.
         rule: The algorithm's half on the sites.
+        secure: What keeps the site's update from the server; ``None`` sends it as it is.
     """
 
     client: Callable[..., BaseFederatedClient]
@@ -51,6 +53,22 @@ class SiteProgram:
     callbacks: tuple[SiteCallback, ...] = ()
     example_budget: PrivacyBudget | None = None
     rule: LocalRule = field(default_factory=LocalRule)
+    secure: SecureSum | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteHome:
+    """Where a site lives.
+
+    Attributes:
+        folder: Where it keeps its state; ``None`` keeps it in memory only.
+        moves: Whether another process may have done the site's last task: then its state is read before each.
+        identity: Who a site is to other sites, by its name, where they need to know; ``None`` if it is simulated.
+    """
+
+    folder: Path | None = None
+    moves: bool = False
+    identity: Callable[[str], object] | None = None
 
 
 class Site:
@@ -61,8 +79,7 @@ class Site:
         name: Its name.
         client_id: Its index, from 0.
         device: Where its client computes.
-        folder: Where it keeps its state; ``None`` keeps it in memory only.
-        moves: Whether another process may have done the site's last task: then its state is read before each.
+        home: Where it lives.
     """
 
     def __init__(
@@ -72,25 +89,26 @@ class Site:
         client_id: int,
         *,
         device: str = "cpu",
-        folder: Path | None = None,
-        moves: bool = False,
+        home: SiteHome | None = None,
     ) -> None:
         self.name = name
         self._program = program
         self._client_id = client_id
         self._device = device
+        self._home = home or SiteHome()
+        folder = self._home.folder
         self._store = SiteStore(folder) if folder is not None else None
-        self._moves = moves
         self._life = secrets.token_hex(8)
         self._client: BaseFederatedClient | None = None
         self._chain_state: Any = None
         self._remembers = False
+        self._secure: SecureSite | None = None
         self._spending = None if program.example_budget is None else Spending(program.example_budget, name, folder)
 
     @property
     def shares(self) -> bool:
-        """Whether the site's own figures and words may leave."""
-        return self._program.share_metrics
+        """Whether figures and words of the site's own training may leave."""
+        return self._program.share_metrics and self._program.secure is None
 
     def run(self, task: Task, life: str = "") -> Reply:
         """Do the task. Never raises: whatever goes wrong becomes the reply, and no raw update leaves.
@@ -128,7 +146,7 @@ class Site:
                 details += f"\nand in {type(callback).__name__}.on_task_failed: {type(second).__name__}: {second}"
         is_rejected = isinstance(error, UpdateError)
         status = Status.REJECTED if is_rejected else Status.FAILED
-        if isinstance(error, BudgetExhausted | LedgerError):  # which follow from no data
+        if isinstance(error, BudgetExhausted | LedgerError | ProtocolError):  # which follow from no data
             return Reply(self.name, Status.FAILED, reason=str(error))
         if not self._program.share_metrics:
             return self._withheld()
@@ -149,9 +167,14 @@ class Site:
             return Update(self.name, {}, 1.0)
         if task.name == EVALUATE and not self._program.share_metrics:
             raise UpdateError(f"{self.name}: a private job must not ask for a site's exact figures, got an evaluation.")
+        secure = self._secure_half()
+        if secure is not None and task.name not in (FIT, EVALUATE):
+            return secure.answer(task)
+        came, task = task, task if secure is None else secure.opened(task)
         client = self._ready(task)
         if task.name == FIT:
-            return self.fit(client, task)
+            update = self.fit(client, task)
+            return update if secure is None else secure.closed(update, came, self._may_send(task))
         if task.name == EVALUATE:
             return self._evaluate(client, task)
         if task.name in self._program.rule.tasks:
@@ -160,6 +183,17 @@ class Site:
             self._remember(client, task.round)
             return answer
         return self._other(client, task)
+
+    def _secure_half(self) -> SecureSite | None:
+        program = self._program
+        if self._secure is None and program.secure is not None:
+            identity = self._home.identity(self.name) if self._home.identity is not None else None
+            self._secure = program.secure.site(self.name, SecretStore(self._home.folder), identity)
+        return self._secure
+
+    def _may_send(self, task: Task) -> Parameters:
+        """What an update that answers the task may hold."""
+        return self._program.chain.sends(dict(task.parameters))
 
     def _other(self, client: BaseFederatedClient, task: Task) -> Update:
         """A task of a workflow's own. Its answer is no update, so no protection fits it."""
@@ -185,7 +219,7 @@ class Site:
             self._chain_state = self._program.chain.init(carried)
             self._recall(client, task)
             self._client = client
-        elif self._moves:
+        elif self._home.moves:
             self._recall(self._client, task)
         return self._client
 
@@ -235,14 +269,14 @@ class Site:
             delta = _delta(self.name, updated, model, in_place=client.lends_arrays)
             delta = rule.after(client, task.parameters, delta)
         client.terms = replace(client.terms, anchor=None)  # a client that stays would keep the model that was sent
-        update = Update(self.name, delta, weight, clean if self._program.share_metrics else {})
+        update = Update(self.name, delta, weight, clean if self.shares else {})
         if self._program.chain.transforms:
             generator = rng.public(int(task.config.get("seed", 0)), task.round, "transform", self.name)
             chain = self._program.chain.told(task.config)
             update, self._chain_state = chain.apply(update, self._chain_state, generator)
             _require_noise_on_all(chain, update, task.parameters)
         self._remember(client, task.round)
-        if not self._program.share_metrics:  # nor may a transform put back what must not leave
+        if not self.shares:  # nor may a transform put back what must not leave
             update = replace(update, weight=weight, metrics=dict(spent))
         return update
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -29,6 +29,14 @@ class Aggregator(ABC):
     """
 
     needs: ClassVar[Needs] = "individual"
+
+    def of_mean(self, mean: Update) -> Update | None:  # noqa: ARG002
+        """The same aggregate from the weighted mean of updates alone, whose weight is the sum of theirs.
+
+        Returns:
+            ``None`` if it takes more than that; then no secure sum can stand in for it.
+        """
+        return None
 
     @abstractmethod
     def aggregate(self, updates: Iterable[Update]) -> Update:
@@ -96,6 +104,10 @@ class WeightedMean(Aggregator):
 
     wide: bool = False
 
+    def of_mean(self, mean: Update) -> Update:
+        """It is the mean."""
+        return mean
+
     def aggregate(self, updates: Iterable[Update]) -> Update:
         """The weighted mean; see the class."""
         total, weight = weighted_sum(updates, wide=self.wide)
@@ -115,6 +127,10 @@ class Sum(Aggregator):
     needs: ClassVar[Needs] = "sum"
 
     wide: bool = False
+
+    def of_mean(self, mean: Update) -> Update:
+        """Times the number of updates; all must weigh one."""
+        return replace(mean, delta={name: np.asarray(value * mean.weight) for name, value in mean.delta.items()})
 
     def aggregate(self, updates: Iterable[Update]) -> Update:
         """Σ δᵢ; its weight is the number of updates."""

@@ -26,6 +26,7 @@ class ServerState:
         stopped: Why the run ended before its last planned round; empty if it did not.
         examples: What each site's own ledger has last said of its examples' ε, by site; ``None`` if nothing is promised
             to examples.
+        secure: What a secure sum remembers of the run; ``None`` without one.
         messages: What quantised parameters have left out so far, by array; ``None`` if nothing is remembered.
     """
 
@@ -39,6 +40,7 @@ class ServerState:
     engine: StateTree = None
     stopped: str = ""
     examples: StateTree = None
+    secure: StateTree = None
     messages: StateTree = None
 
 

@@ -77,6 +77,11 @@ class Mechanism(ABC):
         """Updates without which a round must fail for ``event`` to be true; 0 if it does not matter."""
         return 0
 
+    @property
+    def grid(self) -> float:
+        """What all noised values are multiples of, a power of two, if its noise is of whole numbers; else 0."""
+        return 0.0
+
     @abstractmethod
     def clip(self) -> Transform:
         """The half that bounds the sensitivity (``clips = True``)."""

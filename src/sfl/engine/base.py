@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from types import TracebackType
 from typing import Self
 
@@ -87,14 +87,29 @@ class Engine(ABC):
         it was given the sites (the local one) streams; for others, early arrivals wait for their turn, as copies. What
         arrives from a site outside the cohort, or a second time from one, is not part of the round.
         """
-        ticket = self.send(task, cohort)
+        yield from self._in_order({self.send(task, cohort)}, cohort, timeout, enough)
+
+    def exchange_each(self, tasks: Mapping[str, Task], timeout: float | None = None) -> Iterator[Reply]:
+        """The same with a task for each site; sites that are given the same object are sent one task together."""
+        together: dict[int, tuple[Task, list[str]]] = {}
+        for site, task in tasks.items():
+            together.setdefault(id(task), (task, []))[1].append(site)
+        tickets = {self.send(task, sites) for task, sites in together.values()}
+        together.clear()
+        yield from self._in_order(tickets, list(tasks), timeout, 0)
+
+    def _in_order(
+        self, tickets: Set[int], cohort: Sequence[str], timeout: float | None, enough: int
+    ) -> Iterator[Reply]:
+        """One reply to these tickets from each site of the cohort, in its order; see ``exchange``."""
+        ticket = next(iter(tickets)) if len(tickets) == 1 else None
         try:
             open_sites = dict.fromkeys(cohort)
             waiting: dict[str, Reply] = {}
             used = 0
             # without a limit, replies may come in the order of the cohort: then nobody could be late
             for reply in self.incoming(_LONG if enough and timeout is None else timeout, ticket=ticket):
-                if reply.site not in open_sites or reply.site in waiting:
+                if reply.site not in open_sites or reply.site in waiting or not (ticket or reply.ticket in tickets):
                     continue
                 in_turn = reply.site == next(iter(open_sites))
                 waiting[reply.site] = reply if in_turn else owned(reply)
@@ -103,7 +118,7 @@ class Engine(ABC):
                     yield self.drawn(waiting.pop(site), timeout)
                 used += reply.status is Status.USED
                 del reply  # what it holds is let go before the next is drawn
-                if 0 < enough <= used:
+                if 0 < enough <= used or not open_sites:
                     break
             for site in open_sites:
                 there = site in waiting
@@ -111,7 +126,8 @@ class Engine(ABC):
                     self.drawn(waiting.pop(site), timeout) if there else _missing(site, timeout, used if enough else 0)
                 )
         finally:
-            self.cancel(ticket)
+            for one in tickets:
+                self.cancel(one)
 
     def end_sites(self, seconds: float) -> None:
         """Tell all sites, wherever they are, that the run is over, so that their clients end what they began."""

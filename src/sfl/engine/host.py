@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from sfl.client.site import Site, SiteProgram
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.task import Reply, Status
 from sfl.engine.site_logs import site_logs
 from sfl.engine.wire import Order
@@ -33,6 +33,7 @@ class HostSettings:
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads to compute with.
         turns: Lock files, one for each site that may work at a time on this machine; none for no limit.
+        identity: Who a site is to other sites; ``None`` if sites are simulated.
     """
 
     program: Callable[[], SiteProgram]
@@ -40,6 +41,7 @@ class HostSettings:
     device: str = "auto"
     threads: int = 1
     turns: tuple[Path, ...] = ()
+    identity: Callable[[str], object] | None = None
 
 
 class SiteHost:
@@ -68,7 +70,8 @@ class SiteHost:
                 self._program = self._settings.program()
             device = plan_workers(1, 1, self._settings.device, count_gpus(), 1)[0]
             folder = self._settings.sites / name if self._settings.sites is not None else None
-            self._sites[name] = Site(self._program, name, client_id, device=device, folder=folder, moves=True)
+            home = SiteHome(folder=folder, moves=True, identity=self._settings.identity)
+            self._sites[name] = Site(self._program, name, client_id, device=device, home=home)
         return self._sites[name]
 
 

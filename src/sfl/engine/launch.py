@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sfl.client.script_code import placed
 from sfl.client.site import SiteProgram
 from sfl.engine.host import HostSettings
+from sfl.engine.kit import identity_of
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
 from sfl.utils.plain import describe, from_json, restore, to_json
@@ -121,6 +123,7 @@ class Launch:
             sites=Path(sites) if sites else None,
             device=devices[place % len(devices)],
             threads=settings["threads"],
+            identity=partial(identity_of, required=bool(settings.get("deployed"))),
             turns=tuple(self.folder / f"turn-{number}.lock" for number in range(int(settings["workers"]))),
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sfl.client.site import Site, SiteProgram
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.task import Reply, Status, Task
 from sfl.engine.base import Engine
 from sfl.train.devices import limit_threads
@@ -34,7 +34,9 @@ class LocalEngine(Engine):
         folder: Path | None = None,
     ) -> None:
         self._sites = {
-            name: Site(program, name, index, device=device, folder=folder / name if folder is not None else None)
+            name: Site(
+                program, name, index, device=device, home=SiteHome(folder=folder / name if folder is not None else None)
+            )
             for index, name in enumerate(names)
         }
         self._device, self._threads = device, threads

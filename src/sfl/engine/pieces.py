@@ -17,7 +17,7 @@ from sfl.types import Array, Parameters
 
 ABOVE = 1 << 26
 """Bytes of arrays that one message carries at most."""
-SIZE = 1 << 25
+SIZE = 1 << 22
 """Bytes of a piece."""
 PIECE = "piece"
 """The name of the one array of a message that carries a piece."""

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from sfl.client.site import Site, SiteProgram
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.task import Reply, Task
 from sfl.engine.shared import Layout, write
 from sfl.train.devices import limit_threads
@@ -89,7 +89,7 @@ class _Worker:
                 name,
                 index,
                 device=assignment.device,
-                folder=folder / name if folder is not None else None,
+                home=SiteHome(folder=folder / name if folder is not None else None),
             )
             for name, index in assignment.sites
         }

@@ -14,6 +14,37 @@ _NAME = re.compile(r"state-(\d{6})\.safetensors")
 _KEEP = 3
 
 
+class SecretStore:
+    """One secret of a site, in a file that its user alone can read; what is replaced is gone.
+
+    Args:
+        folder: Of the site; ``None`` keeps the secret in this process.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = folder / "secret.safetensors" if folder is not None else None
+        self._kept: StateTree = None
+
+    def load(self) -> StateTree:
+        """What was kept last; ``None`` if nothing was.
+
+        Raises:
+            CheckpointError: If the file is torn or was edited.
+        """
+        if self._path is None or not self._path.exists():
+            return self._kept
+        return load_tree(self._path)
+
+    def save(self, tree: StateTree) -> None:
+        """Keep this in its place, atomically."""
+        if self._path is None:
+            self._kept = tree
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.with_name(self._path.name + ".partial").touch(mode=0o600)
+        save_tree(self._path, tree)
+
+
 class SiteStore:
     """A site's states on disk, one file for each round it took part in, the newest three kept."""
 

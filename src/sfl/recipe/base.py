@@ -21,6 +21,7 @@ from sfl.core.algorithm import Algorithm
 from sfl.core.events import Observer
 from sfl.core.mechanism import Mechanism
 from sfl.core.quantise import FLOAT32
+from sfl.core.secure import SecureSum
 from sfl.core.transform import Chain, Divide, Transform, chain, flat
 from sfl.errors import CompositionError, ConfigError
 from sfl.privacy.budget import PrivacyBudget
@@ -28,6 +29,7 @@ from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
+from sfl.server.secure import check_secure
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
 from sfl.server.workflow import Workflow
@@ -58,6 +60,7 @@ class Recipe(ABC):
         transforms: What an update passes on its site before the mechanisms, in order.
         released: What it passes after them: post-processing of what is private by then, such as compression.
         mechanisms: Differential privacy; the order is that of the sites.
+        secure: Keeps single updates from the server: what it aggregates are sums alone.
         budget: Ends the run before a round that would pass it, and says at which δ what was spent is reported.
         example_budget: What each example of a site may lose, for clients whose training is private by itself: every
             site keeps a ledger of its own, and trains no more when the budget would be passed.
@@ -82,6 +85,7 @@ class Recipe(ABC):
     transforms: tuple[Transform, ...] = ()
     released: tuple[Transform, ...] = ()
     mechanisms: tuple[Mechanism, ...] = ()
+    secure: SecureSum | None = None
     budget: PrivacyBudget | None = None
     example_budget: PrivacyBudget | None = None
     central: Callable[[Parameters], Metrics] | None = None
@@ -121,24 +125,7 @@ class Recipe(ABC):
         if self.key_metric_mode not in ("auto", "min", "max"):
             raise CompositionError(f"key_metric_mode must be auto, min or max, got {self.key_metric_mode!r}.")
         algorithm = self.algorithm()
-        if isinstance(algorithm, Workflow) and (self.mechanisms or self.example_budget is not None):
-            raise CompositionError(
-                "mechanisms must come with an algorithm, whose every exchange is charged, got a workflow. "
-                "Leave them out, or describe the job in rounds."
-            )
-        if self.example_budget is not None:
-            self.example_budget.make_accountant().require()
-            check_examples(self.transforms, self.federation)
-        self.aggregator.require(self.federation.planned_sites)
-        if self.mechanisms:
-            (self.budget or PrivacyBudget()).make_accountant().require()
-        if isinstance(algorithm, Algorithm):
-            self._check_private(algorithm)
-        if self.released and any(m.on_sum and m.placement == "local" for m in self.mechanisms):
-            raise CompositionError(
-                f"nothing may follow noise that is shared out among the sites, got {type(self.released[0]).__name__}: "
-                "what one site leaves out, another's noise would not hide. Put it among the transforms."
-            )
+        self._check_parts(algorithm)
         halves: list[Transform] = []
         for mechanism in self.mechanisms:
             halves += [mechanism.clip()] + ([mechanism.noise()] if mechanism.placement == "local" else [])
@@ -146,6 +133,11 @@ class Recipe(ABC):
         private = bool(self.mechanisms) or self.example_budget is not None
         rule = self._heeded(self.rule(), algorithm)
         aggregator, server_chain = self._server_side()
+        equal = (
+            private
+            or self.federation.weighting == "equal"
+            or (self.secure is not None and not self.federation.weighting)
+        )
         return Job(
             name=self.name,
             initial=self._initial,
@@ -155,11 +147,12 @@ class Recipe(ABC):
                 client=self.client,
                 kwargs=self.client_kwargs,
                 chain=chain(*self.transforms, *halves, *self._quantised((*self.transforms, *halves), rule)),
-                fixed_weight=1.0 if private or self.federation.weighting == "equal" else None,
+                fixed_weight=1.0 if equal else None,
                 share_metrics=not private,
                 callbacks=self.site_callbacks,
                 example_budget=self.example_budget,
                 rule=rule,
+                secure=self._secure_sum(),
             ),
             federation=self.federation,
             server_chain=server_chain,
@@ -172,10 +165,42 @@ class Recipe(ABC):
             evaluate_every=every,
         )
 
+    def _check_parts(self, algorithm: Algorithm | Workflow) -> None:
+        """Whether aggregator, mechanisms, budgets and secure sum fit the algorithm and each other.
+
+        Raises:
+            CompositionError: If they do not.
+        """
+        if isinstance(algorithm, Workflow) and (self.mechanisms or self.example_budget is not None):
+            raise CompositionError(
+                "mechanisms must come with an algorithm, whose every exchange is charged, got a workflow. "
+                "Leave them out, or describe the job in rounds."
+            )
+        if self.example_budget is not None:
+            self.example_budget.make_accountant().require()
+            check_examples(self.transforms, self.federation)
+        self.aggregator.require(self.federation.planned_sites)
+        if self.secure is not None:
+            check_secure(self.secure, self.aggregator, algorithm, self.mechanisms, self.federation)
+        if self.mechanisms:
+            (self.budget or PrivacyBudget()).make_accountant().require()
+        if isinstance(algorithm, Algorithm):
+            self._check_private(algorithm)
+        if self.released and any(m.on_sum and m.placement == "local" for m in self.mechanisms):
+            raise CompositionError(
+                f"nothing may follow noise that is shared out among the sites, got {type(self.released[0]).__name__}: "
+                "what one site leaves out, another's noise would not hide. Put it among the transforms."
+            )
+
+    def _secure_sum(self) -> SecureSum | None:
+        """As it is told of noise of whole numbers, which is then neither clipped nor rounded."""
+        grids = [mechanism.grid for mechanism in self.mechanisms if mechanism.grid]
+        return self.secure.on_grid(grids[0]) if self.secure is not None and grids else self.secure
+
     def _quantised(self, before: Sequence[Transform], rule: LocalRule) -> list[Transform]:
         """How an update leaves after all else; see ``docs/messages.md`` for what each choice rests on."""
         federation = self.federation
-        if federation.message_dtype == FLOAT32:
+        if federation.message_dtype == FLOAT32 or self.secure is not None:  # which has words of its own
             return []
         if any(m.on_sum and m.placement == "local" for m in self.mechanisms):
             raise CompositionError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sfl.core import arrays, quantise, sparse
+from sfl.core.aggregator import Sum, WeightedMean
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -27,6 +28,7 @@ from sfl.core.events import (
     StageStarted,
     TransferProgress,
 )
+from sfl.core.secure import SecureSum
 from sfl.core.task import (
     EVALUATE,
     EXAMPLE_EPSILON,
@@ -48,6 +50,7 @@ from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
 from sfl.server.messages import lowered
 from sfl.server.replies import MetricsMean, aggregated, screened
+from sfl.server.secure import like, summed
 from sfl.types import Metrics, Parameters, StateTree
 
 _GRID = 0.01  # by which an upper bound on ε may fall on another grid of losses
@@ -98,6 +101,7 @@ class Run:
         self._stopped = ""
         self._examples: dict[str, float] = {}
         self._aggregator: StateTree = None
+        self.secure: StateTree = None
         engine.watch(self._moving)
 
     def begin(self, state: ServerState | None) -> ServerState:
@@ -108,10 +112,13 @@ class Run:
             carried = self.job.program.rule.carried(dict(state.parameters))
             sent = self.job.program.chain.sends(carried)
             remembers = self.job.aggregator.init(carried)
-            state = replace(state, mechanisms=self.job.server_chain.init(sent), aggregator=remembers)
+            secure = self.job.program.secure
+            begun_secure = secure.begin() if secure is not None else None
+            chain = self.job.server_chain.init(sent)
+            state = replace(state, mechanisms=chain, aggregator=remembers, secure=begun_secure)
         else:
             self._require_same_kind(state)
-        self._aggregator = state.aggregator
+        self._aggregator, self.secure = state.aggregator, state.secure
         if state.engine is not None:
             self.engine.recall(state.engine)
         for memory, kept in zip(self._memories, state.callbacks, strict=False):
@@ -129,6 +136,11 @@ class Run:
         Raises:
             ConfigError: If the run was begun with others, or by a version of SFL that kept something else.
         """
+        if (state.secure is None) != (self.job.program.secure is None):
+            raise ConfigError(
+                "a run must go on with secure aggregation, or without, as it was begun, got the other. Give the same "
+                "options, or start a new run."
+            )
         carried = self.job.program.rule.carried(dict(state.parameters))
         fresh = self.job.server_chain.init(self.job.program.chain.sends(carried))
         if [_kind(one) for one in fresh] != [_kind(one) for one in state.mechanisms]:
@@ -161,6 +173,8 @@ class Run:
         Raises:
             RoundError: If fewer than ``min_available_clients`` sites sent what can be used.
         """
+        if self.job.program.secure is not None:
+            return self._gather_securely(self.job.program.secure, task, cohort)
         mean = MetricsMean()
         started, before = time.perf_counter(), self.seconds[task.name]
         updates = self._began(task, mean.watch(self.usable(task, cohort)))
@@ -175,13 +189,34 @@ class Run:
         if not self._may_be_few(cohort):
             self.check_enough(task, mean.count)
         figures = {} if self._hides_updates else aggregate.metrics
-        if self.job.server_chain.transforms:  # a name that nobody sent is noised, too: which were sent must not show
-            expected = self._sendable(task)
-            whole = _zeros(expected) | aggregate.delta
-            aggregate = replace(aggregate, delta={name: whole[name] for name in expected})
-        else:
-            aggregate = replace(aggregate, metrics={**figures, NUM_UPDATES: float(mean.count)})
+        aggregate = self._as_the_round_has_it(replace(aggregate, metrics=figures), task, mean.count)
         return aggregate, self.job.derive({**mean.result(), **figures})
+
+    def _as_the_round_has_it(self, aggregate: Update, task: Task, count: int) -> Update:
+        """An aggregate with what follows from the round: arrays that nobody sent, or the number of its updates."""
+        if not self.job.server_chain.transforms:
+            return replace(aggregate, metrics={**aggregate.metrics, NUM_UPDATES: float(count)})
+        expected = self._sendable(task)  # a name that nobody sent is noised, too: which were sent must not show
+        whole = _zeros(expected) | aggregate.delta
+        return replace(aggregate, delta={name: whole[name] for name in expected})
+
+    def _gather_securely(self, secure: SecureSum, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
+        """The same by a secure sum: nobody here sees a single update.
+
+        Raises:
+            RoundError: If too few sites stay.
+        """
+        started, before = time.perf_counter(), sum(self.seconds.values())
+        aggregator = self.job.aggregator
+        expected = like(self._sendable(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
+        total, said = summed(self, secure, task, cohort, expected)
+        self.seconds["aggregate"] += time.perf_counter() - started - (sum(self.seconds.values()) - before)
+        self.check_enough(task, len(total.sites))
+        aggregate = aggregator.of_mean(total.mean)
+        if aggregate is None:
+            raise CompositionError(f"{type(aggregator).__name__} must be one of sums under a secure sum.")
+        figures = {} if self.job.mechanisms else total.figures
+        return self._as_the_round_has_it(aggregate, task, len(total.sites)), self.job.derive({**said, **figures})
 
     def lowered(self, task: Task, memory: StateTree = None, *, remembers: bool = False) -> tuple[Task, StateTree]:
         """The task as the federation's messages carry it, and what that leaves out; see ``server.messages``."""
@@ -255,7 +290,7 @@ class Run:
             if reply is None:
                 return
             travelled = self.travelled(reply)
-            reply = self._with_figures(self._counted_on(screened(reply, task, expected, self.job), task), task)
+            reply = self._with_figures(self.counted_on(screened(reply, task, expected, self.job), task), task)
             self.record(task, reply, travelled)
             if reply.update is not None:
                 yield reply.update
@@ -266,9 +301,9 @@ class Run:
         """Whether single updates are protected by noise on their sum alone: then nothing that follows from one of them,
         such as how many of its coordinates are not zero, may stand among the figures.
         """
-        return any(mechanism.on_sum for mechanism in self.job.mechanisms)
+        return self.job.program.secure is not None or any(mechanism.on_sum for mechanism in self.job.mechanisms)
 
-    def _counted_on(self, reply: Reply, task: Task) -> Reply:
+    def counted_on(self, reply: Reply, task: Task) -> Reply:
         """A site whose ledger has forgotten what it spent on its examples is not used: its ε would start anew."""
         update, before = reply.update, self._examples.get(reply.site, 0.0)
         if update is None or task.name != FIT or self.job.program.example_budget is None:
@@ -290,11 +325,13 @@ class Run:
         figures = self.job.program.chain.figures(update)
         return replace(reply, update=replace(update, metrics={**update.metrics, **figures})) if figures else reply
 
-    def announce_task(self, task: Task, cohort: Sequence[str]) -> None:
-        """A task goes out; the figure of a round is what it sends to train."""
+    def announce_task(self, task: Task, cohort: Sequence[str], nbytes: int | None = None) -> None:
+        """A task goes out, in so many bytes if it is not the same for all; the figure of a round is what it sends to
+        train.
+        """
         self.emit(StageStarted(round=task.round, stage=task.name, cohort=tuple(cohort)))
         if task.name != EVALUATE:
-            self.sent += len(cohort) * arrays.nbytes(task.travels)
+            self.sent += len(cohort) * arrays.nbytes(task.travels) if nbytes is None else nbytes
 
     def travelled(self, reply: Reply) -> int:
         """Bytes of a reply that its site has packed; 0 if it has come as floats."""
@@ -306,6 +343,8 @@ class Run:
         """Bytes of an update as it has come, or would have over a wire: whole arrays where more may not be told."""
         if update is None:
             return 0
+        if self.job.program.secure is not None:
+            return arrays.nbytes(update.delta)
         if travelled:
             whole = quantise.nbytes(update.delta, self.job.federation.message_dtype)
             return whole if self._hides_updates else travelled
@@ -380,6 +419,7 @@ class Run:
             engine=self.engine.remembers(),
             callbacks=copy.deepcopy(self._memories),
             stopped=self._stopped,
+            secure=self.secure,
             examples=dict(self._examples) if self.job.program.example_budget is not None else None,
         )
         if self.hooks.save is not None:

@@ -13,6 +13,7 @@ from sfl.engine.flower.carried import carried_by_server, carried_by_site, rememb
 from sfl.engine.flower.client import Place, client_app
 from sfl.engine.flower.home import bring_home, telling
 from sfl.engine.flower.server import WAIT, FlowerEngine
+from sfl.engine.kit import use_kit
 from sfl.engine.launch import Launch, resolve_server
 from sfl.errors import EngineError
 from sfl.types import site_names
@@ -64,6 +65,8 @@ def site_app(module: str) -> ClientApp:
 
     def place(context: Context) -> Place:
         site = site_of(context)
+        if "kit" in context.node_config:
+            use_kit(str(context.node_config["kit"]))
         named = str(context.run_config["launch"])
         launch = Launch(Path(named)) if named else carried_by_site(module, context.run_id, site)
         return Place(launch, site, site, os.getppid())

@@ -69,7 +69,7 @@ def carried_by_site(module: str, run: int, site: str) -> Launch:
     """
     home, order = _home(module)
     app = str(Path(module).absolute().parents[1])
-    here = {"sites": str(home / "sites"), "names": [site], "idle": _IDLE, "code": app}
+    here = {"sites": str(home / "sites"), "names": [site], "idle": _IDLE, "code": app, "deployed": True}
     launch = _unpacked(module, home, order, Place(f"site-{_plain(site)}", run, here))
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if app not in known:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sfl.engine.flower.app_folder import write_app
-from sfl.engine.flower.keys import make_node_keys, make_server_keys
+from sfl.engine.flower.keys import make_kits, make_node_keys, make_server_keys
 from sfl.engine.launch import Launch
 from sfl.engine.ports import free_ports
 from sfl.errors import EngineError
@@ -57,6 +57,7 @@ class Deployment:
         if not self._old:
             self._fleet = self._control = self._link
         self._keys = make_server_keys(self._folder / "keys")
+        self._kits = make_kits(self._folder / "kits", names)
         self._secret = self._folder / "keys" / "superexec.secret"
         write_secret(self._secret, secrets.token_bytes(32))
         address, token = f"{_LOCAL}:{self._control}", secrets.token_urlsafe(32)
@@ -90,7 +91,7 @@ class Deployment:
             "--auth-supernode-private-key", str(private),
             "--isolation", "process",
             "--superexec-auth-secret-file", str(self._secret),
-            "--node-config", f'site="{site}"',
+            "--node-config", f'site="{site}" kit="{self._kits[site]}"',
             *self._runtime_options(_ADDRESSED, self._nodes[number]),
         ]  # fmt: skip
         self.commands.start("flower-supernode", options, self._log(f"node-{site}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from sfl.engine.kit import CERTIFICATE
 from sfl.io.tree import write_secret
 
 _VALID = timedelta(days=7)
@@ -54,6 +56,22 @@ def make_node_keys(folder: Path, site: str) -> tuple[Path, Path]:
     write_secret(private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     return private, public
+
+
+def make_kits(folder: Path, sites: Sequence[str]) -> dict[str, Path]:
+    """By site, a folder with what it proves to other sites who it is; the key of their authority is forgotten."""
+    authority_key = ec.generate_private_key(ec.SECP384R1())
+    authority = _certificate("sfl run sites", authority_key, None, None)
+    kits: dict[str, Path] = {}
+    for site in sites:
+        kit, key = folder / site, ec.generate_private_key(ec.SECP384R1())
+        kit.mkdir(parents=True)
+        (kit / "rootCA.pem").write_bytes(authority.public_bytes(Encoding.PEM))
+        (kit / CERTIFICATE).write_bytes(_certificate(site, key, authority, authority_key).public_bytes(Encoding.PEM))
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_secret(kit / "client.key", private)
+        kits[site] = kit
+    return kits
 
 
 def _certificate(

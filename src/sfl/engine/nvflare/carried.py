@@ -76,7 +76,7 @@ def carried_by_server(context: FLContext) -> Launch:
 def carried_by_site(context: FLContext) -> Launch:
     """The launch of a site's app; what the site remembers lies in its own workspace."""
     launch, home = _unpacked(context, ("program.json",))
-    launch.add_settings(sites=str(home / "sites"), logs=str(home / "logs"))
+    launch.add_settings(sites=str(home / "sites"), logs=str(home / "logs"), deployed=True)
     return launch
 
 

@@ -35,7 +35,7 @@ EVENTS = "sfl.events"
 """Name under which an admin asks a running job for its events."""
 
 _CHECK = 0.05  # seconds between two looks at the abort signal
-_SWEPT = 4  # pieces after which circles are swept: what FLARE keeps of a message refers to itself, the piece in it
+_SWEPT = 16  # pieces after which circles are swept: what FLARE keeps of a message refers to itself, the piece in it
 _MOST_EVENTS = 1 << 20  # bytes of events in one answer
 
 

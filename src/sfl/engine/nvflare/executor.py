@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from sfl.engine.kit import use_kit
 from sfl.engine.nvflare.carried import carried_by_site, given_launch
 from sfl.engine.nvflare.messages import pack, unpack
 from sfl.engine.site_process import SiteProcess, home_of
@@ -28,6 +32,7 @@ class SflExecutor(Executor):
         """Do the task; whatever goes wrong in it is part of the reply."""
         site = str(fl_ctx.get_identity_name())
         if self._process is None:
+            use_kit(cast("Any", fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)).get_startup_kit_dir())
             launch = given_launch(self._launch) if self._launch else carried_by_site(fl_ctx)
             self._process = SiteProcess(launch, *home_of(launch, site))
         return pack(*self._process.run(site, *unpack(shareable)))

@@ -1,0 +1,131 @@
+"""Secure aggregation as a job is given it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from sfl.core.secure import Keeper, SecureSum, Summing
+from sfl.core.task import Task
+from sfl.errors import CompositionError, ConfigError, MissingExtraError
+from sfl.privacy.secagg.fixed import FixedPoint
+from sfl.privacy.secagg.graph import check_threshold
+from sfl.privacy.secagg.terms import Terms
+from sfl.types import Parameters, StateTree
+
+if TYPE_CHECKING:
+    from sfl.privacy.secagg.identity import Identity
+    from sfl.privacy.secagg.site import SecAggSite
+
+__all__ = ["SecAgg"]
+
+_BITS = (16, 24, 32, 40, 48)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecAgg(SecureSum):
+    """SecAgg+ (Bell et al., CCS 2020): pairwise masks over a random graph, which cancel in the sum.
+
+    Attributes:
+        bits: Of a masked word: 16, 24, 32, 40 or 48. More sites and finer rounding need more.
+        clip: Largest value of an update's coordinate; what is larger is cut off.
+        max_weight: Largest weight of a site; one that has more examples counts as if it had so many.
+        shares: k, sites that each site masks with; even, or 0 for as few as are safe.
+        threshold: t, shares that give a site's secret back; at least ⌈2k/3⌉, or 0 for that.
+        corrupt: Share of the sites that may pool what they know with the server; below 1/3.
+        dropped: Share of the sites that may drop out of a round.
+        grid: Set by a job whose sites add discrete noise: the power of two that its values are multiples of.
+
+    Raises:
+        ConfigError: If one of them is out of its range.
+        CompositionError: If the threshold is below ⌈2k/3⌉.
+    """
+
+    bits: int = 32
+    clip: float = 8.0
+    max_weight: int = 1
+    shares: int = 0
+    threshold: int = 0
+    corrupt: float = 0.2
+    dropped: float = 0.1
+    grid: float = 0.0
+    tasks: ClassVar[frozenset[str]] = frozenset({"secagg-keys", "secagg-shares", "secagg-unmask"})
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("secagg_bits", self.bits, self.bits in _BITS, "one of 16, 24, 32, 40 and 48"),
+            ("secagg_clip", self.clip, 0.0 < self.clip < math.inf, "positive and finite"),
+            ("secagg_max_weight", self.max_weight, 1 <= self.max_weight <= 2**31, "between 1 and 2**31"),
+            (
+                "secagg_shares",
+                self.shares,
+                self.shares >= 0 and (self.shares % 2 == 0 or self.shares == 1),
+                "even, or 0 for as few as are safe",
+            ),
+            ("corrupt", self.corrupt, 0.0 <= self.corrupt < 1 / 3, "at least 0 and below 1/3"),
+            ("dropped", self.dropped, 0.0 <= self.dropped < 1 / 3, "at least 0 and below 1/3"),
+        )
+        for name, value, holds, rule in rules:
+            if not holds:
+                raise ConfigError(f"{name} must be {rule}, got {value}.")
+        if self.shares:
+            check_threshold(self.shares, self.threshold or self.shares)
+
+    @property
+    def terms(self) -> Terms:
+        """As both halves read them."""
+        fixed = FixedPoint(self.bits, self.clip, 1, float(self.max_weight), self.grid)
+        return Terms(
+            fixed=fixed,
+            shares=self.shares,
+            threshold=self.threshold,
+            corrupt=self.corrupt,
+            dropped=self.dropped,
+        )
+
+    def require(self, cohort: int) -> None:
+        """See ``SecureSum.require``."""
+        try:
+            import cryptography  # noqa: F401 # pyright: ignore[reportUnusedImport] - asked for before a run needs it
+        except ImportError:
+            raise MissingExtraError("cryptography", "privacy") from None
+        if cohort < 2:
+            raise CompositionError(
+                f"secure aggregation must have rounds of at least 2 sites, got {cohort}: the sum of one hides nothing. "
+                "Raise num_clients or fraction_fit."
+            )
+        self.terms.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
+        self.terms.degree(cohort)
+
+    def on_grid(self, grid: float) -> SecAgg:
+        """See ``SecureSum.on_grid``."""
+        return replace(self, grid=grid)
+
+    def begin(self) -> StateTree:
+        """The name of the run: what a site has signed for one run counts for no other."""
+        return {"run": secrets.token_hex(16)}
+
+    def summing(self, task: Task, cohort: Sequence[str], expected: Parameters, memory: StateTree) -> Summing:
+        """See ``SecureSum.summing``."""
+        from sfl.privacy.secagg.server import summing  # needs cryptography
+
+        if not isinstance(memory, dict):
+            raise ConfigError(
+                "a run must go on with secure aggregation as it was begun, got one that was begun without."
+            )
+        return summing(task, cohort, expected, self.terms, str(memory["run"]))
+
+    def site(self, name: str, keeper: Keeper, identity: Identity | None = None) -> SecAggSite:
+        """See ``SecureSum.site``."""
+        from sfl.privacy.secagg.identity import RehearsedIdentity
+        from sfl.privacy.secagg.memory import Memory
+        from sfl.privacy.secagg.site import SecAggSite
+
+        return SecAggSite(name, self.terms, identity or RehearsedIdentity(name), Memory(keeper))
+
+    def described(self) -> list[str]:
+        """See ``SecureSum.described``."""
+        return []

@@ -1,0 +1,209 @@
+"""The server's half of secure aggregation: a generator without I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from sfl.core.secure import Exchanging, Step, Summing, Total
+from sfl.core.task import SERVER, Task, Update
+from sfl.errors import ProtocolError, RoundError
+from sfl.privacy.secagg.fixed import Words
+from sfl.privacy.secagg.graph import arranged, neighbours
+from sfl.privacy.secagg.messages import (
+    ALIVE,
+    KEYS,
+    RUN,
+    SHARES,
+    SITES,
+    UNMASK,
+    Bundle,
+    as_array,
+    as_bytes,
+    as_list,
+    place_of,
+)
+from sfl.privacy.secagg.primitives import OVERHEAD, add_mask, public_of
+from sfl.privacy.secagg.shamir import SHARE, recovered
+from sfl.privacy.secagg.site import mask_seed, round_seed
+from sfl.privacy.secagg.terms import Terms
+from sfl.types import Config, Parameters
+
+__all__ = ["summing"]
+
+
+@dataclass(slots=True)
+class _Round:
+    """What the server knows of a round."""
+
+    run: str
+    number: int
+    sites: list[str] = field(default_factory=list[str])
+    bundles: dict[str, Bundle] = field(default_factory=dict[str, Bundle])
+    around: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    alive: list[str] = field(default_factory=list[str])
+    sealed: dict[str, Parameters] = field(default_factory=dict[str, Parameters])
+    threshold: int = 0
+
+    def task(self, name: str, parameters: Parameters, config: Config | None = None) -> Task:
+        return Task(name, self.number, parameters, {**(config or {}), RUN: self.run})
+
+    def marks(self, names: Sequence[str]) -> str:
+        """One bit for each site of the round."""
+        chosen = set(names)
+        return np.packbits(np.array([name in chosen for name in self.sites], np.uint8)).tobytes().hex()
+
+
+def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Terms, run: str) -> Summing:
+    """One round (Bell et al. 2020, Algorithm 2): keys, shares, masked updates, and what takes the masks off.
+
+    Raises:
+        RoundError: If too few sites stay for their sum to be opened.
+    """
+    this = _Round(run, task.round)
+    yield from _keys(this, cohort)
+    yield from _shares(this, terms)
+    fixed = terms.fixed.of(len(this.sites))
+    total = fixed.zeros(expected)
+    training = replace(task, config={**task.config, RUN: run, ALIVE: this.marks(this.alive)})
+    del task
+    summed: list[str] = []
+    sizes = fixed.sizes(expected)
+
+    def check(update: Update) -> None:
+        for name, like in sizes.items():
+            as_bytes(update.delta, name, like.size)
+
+    for update in (yield Step(dict.fromkeys(this.alive, training), check)):
+        total.add(fixed.unpacked(update.delta))
+        summed.append(update.site)
+        del update
+    del training
+    _require_enough(this, summed, "sent a masked update")
+    shares = yield from _unmasking(this, summed)
+    _unmask(this, total, summed, shares)
+    mean, weight, clipped = fixed.decoded(total, expected)
+    if not 0.0 < weight <= fixed.heaviest * len(summed):
+        raise RoundError(
+            f"round {this.number}: the masks must cancel, got a sum that weighs {weight:g}. A site has not kept to the "
+            "protocol."
+        )
+    share = clipped / (len(summed) * max(total.narrow.size, 1))
+    return Total(Update(SERVER, mean, weight), tuple(sorted(summed)), {} if fixed.grid else {"clipped_values": share})
+
+
+def _keys(this: _Round, cohort: Sequence[str]) -> Exchanging[None]:
+    request = this.task(KEYS, {})
+    for update in (yield Step(dict.fromkeys(cohort, request), _bundle)):
+        this.bundles[update.site] = _bundle(update)
+    this.sites = sorted(this.bundles)
+    if len(this.sites) < 2:
+        raise RoundError(
+            f"round {this.number} must have at least 2 sites for a sum to hide them, got {len(this.sites)} of "
+            f"{len(cohort)} with keys."
+        )
+
+
+def _bundle(update: Update) -> Bundle:
+    return Bundle.of(as_bytes(update.delta, "keys"))
+
+
+def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
+    digests = b"".join(this.bundles[name].digest for name in this.sites)
+    degree = terms.degree(len(this.sites))
+    this.threshold = degree.threshold
+    circle = arranged(this.sites, round_seed(this.run, this.number, digests))
+    this.around = {name: neighbours(circle, name, degree.neighbours) for name in this.sites}
+    packed = {name: as_array(bundle.packed) for name, bundle in this.bundles.items()}
+    tasks = {
+        name: this.task(
+            SHARES,
+            {"digests": as_array(digests), **{f"keys/{other}": packed[other] for other in this.around[name]}},
+            {SITES: as_list(this.sites)},
+        )
+        for name in this.sites
+    }
+
+    def check(update: Update) -> None:
+        for other in this.around[update.site]:
+            as_bytes(update.delta, f"to/{other}", 2 * SHARE + OVERHEAD)
+
+    for update in (yield Step(tasks, check)):
+        this.sealed[update.site] = dict(update.delta)
+    this.alive = sorted(this.sealed)
+    _require_enough(this, this.alive, "shared their secrets out")
+
+
+def _require_enough(this: _Round, staying: Sequence[str], did: str) -> None:
+    """Sites with too few neighbours left would refuse the next step."""
+    there = set(staying)
+    short = [name for name in staying if len(there.intersection(this.around[name])) < this.threshold]
+    if short or len(staying) < 2:
+        raise RoundError(
+            f"round {this.number} must keep {this.threshold} neighbours of each site for its sum to be opened, got "
+            f"{len(staying)} of {len(this.sites)} sites that {did}. Mend those that dropped out."
+        )
+
+
+def _unmasking(this: _Round, summed: Sequence[str]) -> Exchanging[dict[str, dict[int, bytes]]]:
+    marks = this.marks(summed)
+    tasks = {
+        name: this.task(
+            UNMASK,
+            {f"from/{other}": this.sealed[other][f"to/{name}"] for other in this.around[name] if other in this.sealed},
+            {ALIVE: marks},
+        )
+        for name in summed
+    }
+    shares: dict[str, dict[int, bytes]] = {name: {} for name in this.alive}
+
+    def given(update: Update) -> dict[str, bytes]:
+        asked = [other for other in this.around[update.site] if other in shares]
+        return {other: as_bytes(update.delta, f"of/{other}", SHARE) for other in asked}
+
+    for update in (yield Step(tasks, given)):
+        for other, share in given(update).items():
+            shares[other][place_of(this.around[other], update.site)] = share
+    return shares
+
+
+def _unmask(this: _Round, total: Words, summed: Sequence[str], shares: Mapping[str, Mapping[int, bytes]]) -> None:
+    """Take off the sites' own masks, and the halves of masks with those that dropped out."""
+    for name in this.alive:
+        if len(shares[name]) < this.threshold:
+            raise RoundError(
+                f"round {this.number} must get {this.threshold} shares of the secrets of {name}, got "
+                f"{len(shares[name])}: too many sites have dropped out."
+            )
+    there = set(summed)
+    for name in this.alive:
+        secret = _recovered(this, name, shares[name], stays=name in there)
+        if name in there:
+            add_mask(total.both, secret, subtract=True)
+            continue
+        for other in this.around[name]:
+            if other in there:  # it had added the mask, or subtracted it, by whose name comes first
+                public = this.bundles[other].masking
+                seed = mask_seed(secret, public, this.run, this.number, (name, other))
+                add_mask(total.both, seed, subtract=other < name)
+
+
+def _recovered(this: _Round, name: str, shares: Mapping[int, bytes], *, stays: bool) -> bytes:
+    """A secret of a site: the seed of its mask, or its key for masks; what its bundle says of it is held against it."""
+    chosen = dict(sorted(shares.items())[: this.threshold])
+    bundle = this.bundles[name]
+    try:
+        secret = recovered(chosen)
+    except ProtocolError as error:
+        raise RoundError(f"round {this.number}: {error}") from error
+    known = hashlib.sha256(secret).digest() if stays else public_of(secret)
+    if not hmac.compare_digest(known, bundle.commitment if stays else bundle.masking):
+        raise RoundError(
+            f"round {this.number}: shares of the secrets of {name} must belong together, got some that do not. A site "
+            "has changed one."
+        )
+    return secret

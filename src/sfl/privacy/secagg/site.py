@@ -1,0 +1,227 @@
+"""A site's half of secure aggregation, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sfl.core.secure import SecureSite
+from sfl.core.task import FIT, Task, Update
+from sfl.errors import ProtocolError
+from sfl.privacy.secagg.graph import arranged, neighbours
+from sfl.privacy.secagg.identity import Identity
+from sfl.privacy.secagg.memory import Memory
+from sfl.privacy.secagg.messages import (
+    ALIVE,
+    DIGEST,
+    KEYS,
+    SHARES,
+    SITES,
+    UNMASK,
+    Bundle,
+    as_array,
+    as_bytes,
+    place_of,
+    run_of,
+)
+from sfl.privacy.secagg.primitives import KEY, add_mask, agree, new_key, opened, public_of, sealed
+from sfl.privacy.secagg.shamir import SHARE, shared
+from sfl.privacy.secagg.terms import Terms
+from sfl.types import Array, Parameters
+
+__all__ = ["SecAggSite", "mask_seed", "round_seed"]
+
+_OWN = "secagg_"
+
+
+class SecAggSite(SecureSite):
+    """One site (Bell et al. 2020, Algorithm 2, and what a site must refuse lest a server learn more than the sum).
+
+    Args:
+        name: Its name.
+        terms: Of its job.
+        identity: Who it is.
+        memory: What it remembers.
+    """
+
+    def __init__(self, name: str, terms: Terms, identity: Identity, memory: Memory) -> None:
+        self._name, self._terms = name, terms
+        self._identity, self._memory = identity, memory
+
+    def answer(self, task: Task) -> Update:
+        """Make keys, share secrets out, or give shares back."""
+        run = run_of(task)
+        if task.name == KEYS:
+            arrays = {"keys": as_array(self._begin(run, task.round).packed)}
+        elif task.name == SHARES:
+            arrays = self._share(run, task)
+        elif task.name == UNMASK:
+            arrays = self._unmask(run, task)
+        else:
+            raise ProtocolError(f"{self._name}: a step must be one of secure aggregation, got {task.name!r}.")
+        return Update(self._name, arrays, 1.0)
+
+    def _begin(self, run: str, round: int) -> Bundle:
+        if self._identity.binding and round <= self._memory.answered(run):
+            raise ProtocolError(
+                f"{self._name}: a round must be answered once, got round {round} again: the difference of two sums "
+                "could be one site's update. Go on with the next round, or start a new run."
+            )
+        channel, masking, seed = new_key(), new_key(), secrets.token_bytes(KEY)
+        keys = public_of(channel) + public_of(masking) + hashlib.sha256(seed).digest()
+        signature = self._identity.sign(Bundle.signed_part(self._name, run, round, keys))
+        bundle = Bundle(keys[:KEY], keys[KEY : 2 * KEY], keys[2 * KEY :], self._identity.certificate, signature)
+        kept = {"channel": channel.hex(), "masking": masking.hex(), "seed": seed.hex(), "bundle": bundle.packed.hex()}
+        self._memory.keep(run, round, kept)
+        return bundle
+
+    def _share(self, run: str, task: Task) -> Parameters:
+        kept = self._memory.secrets(run, task.round)
+        self._require("neighbours" not in kept, "shares of a round must be made once, got a second time")
+        names = self._listed(task)
+        digests = as_bytes(task.parameters, "digests", DIGEST * len(names))
+        own = Bundle.of(bytes.fromhex(kept["bundle"]))
+        listed = dict(zip(names, (digests[at : at + DIGEST] for at in range(0, len(digests), DIGEST)), strict=True))
+        self._require(listed.get(self._name) == own.digest, "the list of a round's sites must hold its own keys")
+        degree = self._terms.degree(len(names))
+        circle = arranged(names, round_seed(run, task.round, digests))
+        around = neighbours(circle, self._name, degree.neighbours)
+        bundles = {other: self._checked(other, run, task, listed[other]) for other in around}
+        places = [place_of(around, other) for other in around]
+        parts = zip(
+            shared(bytes.fromhex(kept["masking"]), degree.threshold, places),
+            shared(bytes.fromhex(kept["seed"]), degree.threshold, places),
+            strict=True,
+        )
+        channel, out = bytes.fromhex(kept["channel"]), dict[str, Array]()
+        for other, pair in zip(around, parts, strict=True):
+            key = agree(channel, bundles[other].channel, _pair(b"channel", run, task.round, self._name, other))
+            out[f"to/{other}"] = as_array(sealed(key, b"".join(pair), _path(run, task.round, self._name, other)))
+        keys = {other: bundle.keys.hex() for other, bundle in bundles.items()}
+        self._memory.keep(run, task.round, {**kept, "sites": "\n".join(names), "neighbours": keys})
+        return out
+
+    def _listed(self, task: Task) -> list[str]:
+        names = str(task.config.get(SITES, "")).split("\n")
+        self._require(
+            self._name in names and len(set(names)) == len(names) > 1,
+            "a round must be of several sites, each listed once and this one among them",
+        )
+        return names
+
+    def _checked(self, other: str, run: str, task: Task, digest: bytes) -> Bundle:
+        """The keys of a neighbour, if they are its own and those of the list."""
+        bundle = Bundle.of(as_bytes(task.parameters, f"keys/{other}"))
+        self._require(bundle.digest == digest, f"keys of {other} must be those of the list of a round's sites")
+        part = Bundle.signed_part(other, run, task.round, bundle.keys)
+        self._identity.check(other, bundle.certificate, part, bundle.signature)
+        return bundle
+
+    def opened(self, task: Task) -> Task:
+        """The model alone."""
+        if task.name != FIT:
+            return task
+        kept = self._memory.secrets(run_of(task), task.round)
+        self._require("neighbours" in kept and "alive" not in kept, "an update must be masked once, after the shares")
+        self._alive(kept, task)  # refuses before the client has worked for nothing
+        config = {name: value for name, value in task.config.items() if not name.startswith(_OWN)}
+        return replace(task, config=config)
+
+    def _alive(self, kept: Mapping[str, Any], task: Task) -> list[str]:
+        """Neighbours that have shared their secrets out.
+
+        Raises:
+            ProtocolError: If they are fewer than the threshold: then masks with those who pool what they know with the
+                server could be all there are.
+        """
+        names = str(kept["sites"]).split("\n")
+        alive = _marked(task, names)
+        around = [other for other in kept["neighbours"] if other in alive]
+        least = self._terms.degree(len(names)).threshold
+        self._require(self._name in alive, "a site that is asked for its update must have shared its secrets out")
+        self._require(len(around) >= least, f"at least {least} neighbours must take part, got {len(around)}")
+        return around
+
+    def closed(self, update: Update, task: Task, expected: Parameters) -> Update:
+        """The update as words under masks."""
+        run, round = run_of(task), task.round
+        kept = self._memory.secrets(run, round)
+        around = self._alive(kept, task)
+        fixed = self._terms.fixed.of(len(str(kept["sites"]).split("\n")))
+        weight = min(max(int(np.rint(update.weight)), 1), int(fixed.heaviest))
+        words = fixed.encoded(update.delta, weight, expected)
+        self._memory.keep(run, round, {**kept, "alive": "\n".join(around)})  # before it leaves: then never again
+        self._memory.answer(run, round)
+        add_mask(words.both, bytes.fromhex(kept["seed"]))
+        masking = bytes.fromhex(kept["masking"])
+        for other in around:
+            public = bytes.fromhex(kept["neighbours"][other])[KEY : 2 * KEY]
+            seed = mask_seed(masking, public, run, round, (self._name, other))
+            add_mask(words.both, seed, subtract=self._name > other)
+        return replace(update, delta=fixed.packed(words), weight=1.0)
+
+    def _unmask(self, run: str, task: Task) -> Parameters:
+        kept = self._memory.secrets(run, task.round)
+        self._require(bool(kept.get("alive")), "shares must be given back once, after the update")
+        around, names = str(kept["alive"]).split("\n"), str(kept["sites"]).split("\n")
+        summed = _marked(task, names)
+        least = self._terms.degree(len(names)).threshold
+        staying = [other for other in around if other in summed]
+        self._require(
+            len(staying) >= least and self._name in summed,
+            f"a sum must be of this site and at least {least} of its neighbours, got {len(staying)}",
+        )
+        self._memory.keep(run, task.round, None)  # before anything leaves: one answer, and never both shares
+        channel, out = bytes.fromhex(kept["channel"]), dict[str, Array]()
+        for other in around:
+            public = bytes.fromhex(kept["neighbours"][other])[:KEY]
+            key = agree(channel, public, _pair(b"channel", run, task.round, self._name, other))
+            came = as_bytes(task.parameters, f"from/{other}")
+            both = opened(key, came, _path(run, task.round, other, self._name))
+            self._require(len(both) == 2 * SHARE, f"shares of {other} must be two")
+            out[f"of/{other}"] = as_array(both[SHARE:] if other in summed else both[:SHARE])
+        return out
+
+    def _require(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ProtocolError(f"{self._name}: {rule}. It sends nothing, as its server may be dishonest.")
+
+
+def round_seed(run: str, round: int, digests: bytes) -> bytes:
+    """What the graph of a round is drawn with: nobody can choose it who cannot choose all sites' keys."""
+    return hashlib.sha256(_about(run, round) + digests).digest()
+
+
+def mask_seed(private: bytes, public: bytes, run: str, round: int, pair: Sequence[str]) -> bytes:
+    """The seed of the mask that two sites share in one round, whichever of the two asks."""
+    return agree(private, public, _pair(b"mask", run, round, *pair))
+
+
+def _pair(what: bytes, run: str, round: int, *pair: str) -> bytes:
+    return b"sfl secagg " + what + b"\n" + _about(run, round) + "\n".join(sorted(pair)).encode()
+
+
+def _path(run: str, round: int, source: str, target: str) -> bytes:
+    return b"sfl secagg share\n" + _about(run, round) + f"{source}\n{target}".encode()
+
+
+def _about(run: str, round: int) -> bytes:
+    return f"{run}\n{round}\n".encode()
+
+
+def _marked(task: Task, names: Sequence[str]) -> set[str]:
+    """Sites whose bit is set.
+
+    Raises:
+        ProtocolError: If there is not a bit for each.
+    """
+    try:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(str(task.config[ALIVE])), np.uint8)).tolist()
+        return {name for name, bit in zip(names, bits[: len(names)], strict=True) if bit}
+    except (KeyError, ValueError) as error:
+        raise ProtocolError(f"a step must mark which of {len(names)} sites it is about, got none: {error!r}.") from None

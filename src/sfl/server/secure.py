@@ -1,0 +1,144 @@
+"""A round whose updates are summed under protection: the loop's side of ``core.secure``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfl.core import arrays, check
+from sfl.core.aggregator import Aggregator
+from sfl.core.algorithm import Algorithm
+from sfl.core.mechanism import Mechanism
+from sfl.core.secure import SecureSum, Step, Total
+from sfl.core.task import FIT, SERVER, Reply, Status, Task, Update
+from sfl.errors import CompositionError, ProtocolError, UpdateError
+from sfl.types import FederationConfig, Metrics, Parameters
+
+if TYPE_CHECKING:
+    from sfl.server.run import Run
+    from sfl.server.workflow import Workflow
+
+__all__ = ["check_secure", "like", "summed"]
+
+
+def summed(
+    run: Run, secure: SecureSum, task: Task, cohort: Sequence[str], expected: Parameters
+) -> tuple[Total, Metrics]:
+    """One round: its steps over the engine, the sum, and what sites have said that may be said.
+
+    Args:
+        run: The run.
+        secure: The protocol.
+        task: To train.
+        cohort: The planned sites.
+        expected: What updates may hold, as arrays like what is made of their sum.
+
+    Raises:
+        RoundError: If too few sites stay for their sum to be opened.
+    """
+    said: dict[str, float] = {}
+    summing = secure.summing(task, cohort, expected, run.secure)
+    del task
+    step = next(summing)
+    while True:
+        try:
+            step = summing.send(_answers(run, step, said))
+        except StopIteration as end:
+            return end.value, said
+
+
+def like(expected: Parameters, *, wide: bool) -> Parameters:
+    """Arrays of these shapes that take no memory; of float64 where sums must be."""
+    return {
+        name: np.broadcast_to(
+            np.zeros((), np.float64 if wide and value.dtype.kind == "f" else value.dtype), value.shape
+        )
+        for name, value in expected.items()
+    }
+
+
+def _answers(run: Run, step: Step, said: dict[str, float]) -> Iterator[Update]:
+    """What arrives in one step; every site that was asked is recorded."""
+    cohort, first = list(step.tasks), next(iter(step.tasks.values()))
+    run.announce_task(first, cohort, sum(arrays.nbytes(task.travels) for task in step.tasks.values()))
+    name, number = first.name, first.round
+    replies = run.engine.exchange_each(step.tasks, run.job.federation.round_timeout or None)
+    del first
+    while True:
+        started = time.perf_counter()
+        try:
+            reply = next(replies, None)
+        finally:
+            run.seconds[name] += time.perf_counter() - started
+        if reply is None:
+            return
+        reply = _screened(run, reply, step)
+        run.record(Task(name, number, {}), reply)
+        if reply.update is not None:
+            if name == FIT:
+                said |= {key: max(value, said.get(key, 0.0)) for key, value in reply.update.metrics.items()}
+            yield reply.update
+        del reply  # what it holds is let go before the next arrives
+
+
+def _screened(run: Run, reply: Reply, step: Step) -> Reply:
+    """Nothing that breaks the protocol reaches the sum, whoever sent it."""
+    update = reply.update
+    if reply.status is not Status.USED:
+        return replace(reply, update=None)
+    try:
+        if update is None or update.site != reply.site:
+            raise UpdateError(f"{reply.site}: a used reply must hold the site's own answer, got none of its own.")
+        check.check_arrays(update)
+        step.check(update)
+    except UpdateError as error:
+        return Reply(reply.site, Status.REJECTED, reason=str(error))
+    except ProtocolError as error:
+        return Reply(reply.site, Status.REJECTED, reason=f"{reply.site}: {error}")
+    return run.counted_on(reply, step.tasks[reply.site])
+
+
+def check_secure(
+    secure: SecureSum,
+    aggregator: Aggregator,
+    algorithm: Algorithm | Workflow,
+    mechanisms: Sequence[Mechanism],
+    federation: FederationConfig,
+) -> None:
+    """Refuse what a secure sum cannot serve, before anything runs.
+
+    Raises:
+        CompositionError: Naming what does not fit, why, and what to change.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise CompositionError(
+            f"secure aggregation must come with rounds whose updates are summed, got {type(algorithm).__name__}: there "
+            "an update goes on by itself, to a site or into a buffer. Use fedavg, fedprox, fedopt, scaffold or ditto."
+        )
+    if aggregator.of_mean(Update(SERVER, {}, 1.0)) is None:
+        raise CompositionError(
+            f"secure aggregation must come with an aggregator of sums, got {type(aggregator).__name__}: it looks at "
+            "single updates, which nobody sees here. Use the mean, or leave secure aggregation out."
+        )
+    if federation.wait_for:
+        raise CompositionError(
+            f"wait_for must be 0 under secure aggregation, got {federation.wait_for}: a site that is left behind after "
+            "it has masked costs the others a step. Set round_timeout instead."
+        )
+    if federation.sampling == "poisson":
+        raise CompositionError(
+            "sampling must be fixed, weighted or by turns under secure aggregation, got poisson: a round may draw one "
+            "site alone, whose sum would be its update."
+        )
+    shared_out = [m for m in mechanisms if m.on_sum and m.placement == "local" and not m.grid]
+    if shared_out:
+        raise CompositionError(
+            f"noise that is shared out among sites must be of whole numbers under secure aggregation, got "
+            f"{type(shared_out[0]).__name__}: rounding each share by itself, the sum has no noise that is known. Use "
+            "SkellamMechanism."
+        )
+    secure.require(federation.planned_sites)
