@@ -147,6 +147,7 @@ def workload_recipe(
         transforms=protections.transforms,
         released=protections.released,
         mechanisms=protections.mechanisms,
+        secure=protections.secure,
         budget=protections.budget,
         example_budget=protections.example_budget,
         central=server.central,

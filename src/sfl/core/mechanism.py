@@ -32,6 +32,7 @@ class DpEvent:
         count: How often the event happens in this exchange.
         epsilon: ε of one event that is no Gaussian noise, under its own ``adjacency``; 0 if it is Gaussian noise.
         delta: δ of such an event.
+        steps: Of noise of whole numbers, which then is Skellam noise: the sensitivity in them; 0 for noise of reals.
         group: The only units that it concerns, by a name; empty if it concerns all. What happens to other groups costs
             a unit nothing (parallel composition), so the guarantee is that of the group that is worst off.
     """
@@ -46,6 +47,7 @@ class DpEvent:
     count: int = 1
     epsilon: float = 0.0
     delta: float = 0.0
+    steps: int = 0
     group: str = ""
 
 
@@ -80,6 +82,10 @@ class Mechanism(ABC):
     @property
     def grid(self) -> float:
         """What all noised values are multiples of, a power of two, if its noise is of whole numbers; else 0."""
+        return 0.0
+
+    def reach(self, cohort: int) -> float:  # noqa: ARG002
+        """How large a coordinate of the sum of so many sites gets, noise of whole numbers in it."""
         return 0.0
 
     @abstractmethod

@@ -116,8 +116,17 @@ class SecureSum(ABC):
             CompositionError: If not, with what to change.
         """
 
-    def on_grid(self, grid: float) -> SecureSum:
-        """The same for updates whose values are multiples of a power of two, to be added up exactly."""
+    def among(self, least: int) -> SecureSum:  # noqa: ARG002
+        """The same whose sites refuse a sum of fewer than ``least`` of them, as far as they can know."""
+        return self
+
+    def on_grid(self, grid: float, reach: float) -> SecureSum:  # noqa: ARG002
+        """The same for updates whose values are multiples of a power of two, to be added up exactly.
+
+        Args:
+            grid: The power of two.
+            reach: The largest coordinate of a sum.
+        """
         raise CompositionError(
             f"noise of whole numbers must come with secure aggregation by masks, got {type(self).__name__} and a grid "
             f"of {grid:g}. Use SecAgg."
@@ -152,5 +161,5 @@ class SecureSum(ABC):
         """
 
     @abstractmethod
-    def described(self) -> list[str]:
-        """What it promises, and on what that rests, in words for the run's screen and report."""
+    def described(self, cohort: int) -> list[str]:
+        """What rounds of ``cohort`` sites promise, and on what that rests, in words for the run's screen and report."""

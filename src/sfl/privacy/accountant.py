@@ -100,6 +100,8 @@ class PrivacyAccountant:
             return 0.0
         if any(event.noise_multiplier <= 0.0 and event.epsilon <= 0.0 for event in counted):
             return math.inf
+        if any(event.steps for event in counted):
+            return _renyi(counted, self.delta)
         if self.method == "prv":
             return self._prv(counted)
         try:
@@ -187,6 +189,35 @@ def _pld(counted: frozenset[tuple[DpEvent, int]], delta: float) -> float:
         loss = _loss(losses, event, count, step)
         total = loss if total is None else total.compose(loss)
     return float(total.get_epsilon_for_delta(delta))
+
+
+def _renyi(counted: Mapping[DpEvent, int], delta: float) -> float:
+    """ε of Skellam noise, and what is composed with it, by Rényi divergences, from above.
+
+    With Δ₂ the sensitivity in whole numbers and μ = (z Δ₂)² the variance (Agarwal, Kairouz and Liu 2021, Theorem 3.5):
+
+        ε(α) ≤ α Δ₂² / 2μ + min( ((2α − 1) Δ₂² + 6 Δ₁) / 4μ², 3 Δ₁ / 2μ ),   Δ₁ ≤ Δ₂², as all are whole numbers.
+
+    Raises:
+        CompositionError: If there is among them what no such divergence is known of here.
+    """
+    orders = [*range(2, 64), *range(64, 512, 8), *range(512, 4096, 128)]
+    total = [0.0] * len(orders)
+    for event, count in counted.items():
+        if event.noise_multiplier <= 0.0 or event.sampling_rate < 1.0:
+            raise CompositionError(
+                "Skellam noise must be composed with noise without sampling, got other events on the same data. "
+                "Report them side by side, under another --dataset-id."
+            )
+        moved = 2.0 if event.adjacency == "replace_one" else 1.0
+        inverse = (moved / event.noise_multiplier) ** 2  # Δ₂² / μ
+        for at, order in enumerate(orders):
+            total[at] += count * order * inverse / 2.0
+            if event.steps:
+                square = (moved * event.steps) ** 2
+                total[at] += count * min(((2.0 * order - 1.0) + 6.0) * inverse**2 / (4.0 * square), 1.5 * inverse)
+    epsilon, _ = _library("dp_accounting.rdp.rdp_privacy_accountant").compute_epsilon(orders, total, delta)
+    return float(epsilon)
 
 
 def _closed_form(counted: Mapping[DpEvent, int], delta: float) -> float:

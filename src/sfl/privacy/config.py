@@ -10,6 +10,7 @@ from typing import Literal
 from sfl.errors import ConfigError
 from sfl.privacy.example_config import ExampleConfig
 from sfl.privacy.filters.config import FilterConfig
+from sfl.privacy.secure_config import SecureConfig
 
 __all__ = ["DpMechanism", "DpMode", "PrivacyConfig"]
 
@@ -18,8 +19,9 @@ DpMechanism = Literal["gaussian", "banded-mf"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(FilterConfig, ExampleConfig):
-    """Protections of a run. Filters are those of ``FilterConfig``, examples' privacy that of ``ExampleConfig``.
+class PrivacyConfig(FilterConfig, ExampleConfig, SecureConfig):
+    """Protections of a run: with filters (``FilterConfig``), of examples (``ExampleConfig``), and from the server
+    (``SecureConfig``).
 
     Attributes:
         dp: Site-level differential privacy: clip each site's update, add Gaussian noise.
@@ -27,8 +29,8 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
         dp_clip: Largest L2 norm of a site's update.
         dp_delta: The δ at which ε is reported.
         dp_mode: Who adds the noise: server (on the sum; the server is trusted), client (each site a share of it; the
-            server is trusted with the shares), or local (each site noises its own release; the server need not be
-            trusted).
+            server is trusted with the shares, or, with secagg, sees their sum alone), or local (each site noises its
+            own release; the server need not be trusted).
         dp_mechanism: gaussian (new noise in each round) or banded-mf (noise that cancels over the rounds; with
             sampling=turns).
         dp_bands: Rounds over which banded-mf noise cancels; by default as many as there are turns.
@@ -63,6 +65,7 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
     def __post_init__(self) -> None:
         FilterConfig.__post_init__(self)
         ExampleConfig.__post_init__(self)
+        SecureConfig.__post_init__(self)
         rules = (
             ("dp_noise", self.dp_noise, 0.0 <= self.dp_noise < math.inf, "finite and 0 or more"),
             ("dp_clip", self.dp_clip, 1e-9 <= self.dp_clip <= 1e9, "between 1e-9 and 1e9"),
@@ -99,12 +102,23 @@ class PrivacyConfig(FilterConfig, ExampleConfig):
             asked = [name for name in asked if name not in ("dp_max_epsilon", "dp_delta")]
         if asked and not self.dp:
             raise ConfigError(f"{', '.join(asked)} must come with dp, got none. Add --dp.")
+        if self.secagg and self.dp_mode == "client" and self.dp_accountant == "prv":
+            raise ConfigError(
+                "dp_accountant must be pld with secagg and dp_mode=client, got prv: it knows reals alone."
+            )
         if self.dp_bands is not None and self.dp_mechanism != "banded-mf":
             raise ConfigError("dp_bands must come with dp_mechanism=banded-mf, got gaussian. Leave it out.")
         if self.dp_count_noise is not None and not self.dp_adaptive_clip:
             raise ConfigError("dp_count_noise must come with dp_adaptive_clip, got none. Add --dp-adaptive-clip.")
         if self.dp_target_quantile != PrivacyConfig.dp_target_quantile and not self.dp_adaptive_clip:
             raise ConfigError("dp_target_quantile must come with dp_adaptive_clip, got none. Add --dp-adaptive-clip.")
+        self._check_modes()
+
+    def _check_modes(self) -> None:
+        if self.secagg and self.dp_mode == "client" and self.dp_accountant == "prv":
+            raise ConfigError(
+                "dp_accountant must be pld with secagg and dp_mode=client, got prv: it knows reals alone."
+            )
         if self.dp_shuffle and self.dp_accountant == "prv":
             raise ConfigError("dp_accountant must be pld with dp_shuffle, whose events have a δ, got prv. Use pld.")
         if self.dp_shuffle and self.dp_mode != "local":

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from sfl.core.mechanism import DpEvent, Mechanism
+from sfl.core.secure import SecureSum
 from sfl.core.transform import Transform
 from sfl.errors import CompositionError
 from sfl.privacy.accountant import Guarantee
@@ -16,7 +17,9 @@ from sfl.privacy.correlated import BandedMechanism
 from sfl.privacy.dp import GaussianMechanism, calibrate_noise_multiplier
 from sfl.privacy.filters.assembly import filters, selection
 from sfl.privacy.rules import check_together
+from sfl.privacy.secagg.protocol import SecAgg
 from sfl.privacy.shuffle import ShuffledGaussian
+from sfl.privacy.skellam import SkellamMechanism
 from sfl.types import FederationConfig
 
 __all__ = ["Protections", "build_protections", "calibrated", "cost"]
@@ -33,6 +36,7 @@ class Protections:
         mechanisms: In the order of the sites.
         budget: For the ledger; ``None`` without a mechanism.
         example_budget: What each example of a site may lose, if sites train by DP-SGD.
+        secure: What keeps single updates from the server.
         transforms: Filters that an update passes before them.
         released: Filters that it passes after them.
     """
@@ -42,6 +46,7 @@ class Protections:
     transforms: tuple[Transform, ...] = ()
     released: tuple[Transform, ...] = ()
     example_budget: PrivacyBudget | None = None
+    secure: SecureSum | None = None
 
 
 def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Protections:
@@ -54,12 +59,17 @@ def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Pr
     config = calibrated(config, federation)
     mechanisms = all_mechanisms(config, federation)
     if not mechanisms:
-        return Protections(transforms=transforms, released=released, example_budget=example_budget(config))
+        return Protections((), None, transforms, released, example_budget(config), secure_sum(config))
     limit = math.inf if config.dp_max_epsilon is None else config.dp_max_epsilon
     budget = PrivacyBudget(
         delta=config.dp_delta, max_epsilon=limit, accountant=config.dp_accountant, dataset=config.dataset_id
     )
-    return Protections(mechanisms, budget, transforms, released, example_budget(config))
+    return Protections(mechanisms, budget, transforms, released, example_budget(config), secure_sum(config))
+
+
+def secure_sum(config: PrivacyConfig) -> SecureSum | None:
+    """What keeps single updates from the server; ``None`` if nothing does."""
+    return SecAgg(**config.secagg_terms) if config.secagg else None
 
 
 def example_budget(config: PrivacyConfig) -> PrivacyBudget | None:
@@ -132,6 +142,13 @@ def site_mechanism(config: PrivacyConfig, federation: FederationConfig) -> Mecha
         raise CompositionError(
             f"sampling must be fixed or by turns with dp_mode={config.dp_mode}: its adversary sees who takes part, or "
             "the noise is shared out among them, got poisson. Use sampling=fixed."
+        )
+    if config.secagg and config.dp_mode == "client":
+        return SkellamMechanism(
+            clip_norm=config.dp_clip,
+            noise_multiplier=config.dp_noise,
+            shares=federation.min_available_clients,
+            per_layer=config.per_layer_clip,
         )
     plain = GaussianMechanism(
         clip_norm=config.dp_clip,

@@ -29,7 +29,7 @@ from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
-from sfl.server.secure import check_secure
+from sfl.server.secure import check_secure, check_whole_numbers
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
 from sfl.server.workflow import Workflow
@@ -180,6 +180,7 @@ class Recipe(ABC):
             self.example_budget.make_accountant().require()
             check_examples(self.transforms, self.federation)
         self.aggregator.require(self.federation.planned_sites)
+        check_whole_numbers(self.mechanisms, self.secure)
         if self.secure is not None:
             check_secure(self.secure, self.aggregator, algorithm, self.mechanisms, self.federation)
         if self.mechanisms:
@@ -194,8 +195,11 @@ class Recipe(ABC):
 
     def _secure_sum(self) -> SecureSum | None:
         """As it is told of noise of whole numbers, which is then neither clipped nor rounded."""
-        grids = [mechanism.grid for mechanism in self.mechanisms if mechanism.grid]
-        return self.secure.on_grid(grids[0]) if self.secure is not None and grids else self.secure
+        if self.secure is None:
+            return None
+        secure, federation = self.secure.among(self.federation.min_available_clients), self.federation
+        gridded = [mechanism for mechanism in self.mechanisms if mechanism.grid]
+        return secure.on_grid(gridded[0].grid, gridded[0].reach(federation.planned_sites)) if gridded else secure
 
     def _quantised(self, before: Sequence[Transform], rule: LocalRule) -> list[Transform]:
         """How an update leaves after all else; see ``docs/messages.md`` for what each choice rests on."""

@@ -66,10 +66,15 @@ class Job:
         """What the job's filters do not promise, in words."""
         return [line for line in (transform.caveat() for transform in flat(self.program.chain.transforms)) if line]
 
+    def secure_lines(self) -> list[str]:
+        """What the job's secure sum promises, in words; nothing without one."""
+        secure = self.program.secure
+        return [] if secure is None else secure.described(self.federation.planned_sites)
+
     @property
     def has_statement(self) -> bool:
         """Whether there is anything to say about privacy."""
-        return bool(self.mechanisms or self.caveats()) or self.program.example_budget is not None
+        return bool(self.mechanisms or self.caveats() or self.secure_lines()) or self.program.example_budget is not None
 
     def statement(self, ledger: PrivacyLedger, examples: Mapping[str, float]) -> list[str]:
         """What was spent, in words, and what is not promised.
@@ -85,7 +90,7 @@ class Job:
         ]
         if self.caveats() and not (self.mechanisms or budget):
             lines = ["privacy: no formal guarantee: filters alone choose what leaves, and add no noise"]
-        return [*lines, *self.caveats()]
+        return [*self.secure_lines(), *lines, *self.caveats()]
 
     def privacy_report(self, ledger: PrivacyLedger, examples: Mapping[str, float]) -> dict[str, Any]:
         """The same for ``privacy.json``."""

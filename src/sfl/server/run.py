@@ -20,6 +20,7 @@ from sfl.core.events import (
     AggregationStarted,
     BestModelSelected,
     Event,
+    Notice,
     Observer,
     RoundFinished,
     RunStarted,
@@ -161,6 +162,9 @@ class Run:
                 engine=self.engine.describe(),
             )
         )
+
+        for line in self.job.secure_lines():
+            self.emit(Notice(text=line))
 
     def look_at(self, state: ServerState) -> None:
         """What callbacks see from now on."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sfl.server.run import Run
     from sfl.server.workflow import Workflow
 
-__all__ = ["check_secure", "like", "summed"]
+__all__ = ["check_secure", "check_whole_numbers", "like", "summed"]
 
 
 def summed(
@@ -142,3 +142,17 @@ def check_secure(
             "SkellamMechanism."
         )
     secure.require(federation.planned_sites)
+
+
+def check_whole_numbers(mechanisms: Sequence[Mechanism], secure: SecureSum | None) -> None:
+    """Noise of whole numbers that sites share out protects nothing where a server sees each site's.
+
+    Raises:
+        CompositionError: If there is such noise, and no secure sum.
+    """
+    alone = [m for m in mechanisms if m.grid]
+    if alone and secure is None:
+        raise CompositionError(
+            f"{type(alone[0]).__name__} must come with secure aggregation, got none: each site's share of the noise is "
+            "too small by itself. Set secure=SecAgg(), or use GaussianMechanism."
+        )

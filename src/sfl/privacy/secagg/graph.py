@@ -94,7 +94,7 @@ def degree(n: int, corrupt: float, dropped: float, security: int = 40, correctne
         >>> degree(10, 0.2, 0.1)
         Degree(neighbours=9, threshold=6)
     """
-    bad, gone = math.floor(corrupt * n), math.floor(dropped * n)
+    bad, gone = math.ceil(corrupt * n), math.ceil(dropped * n)
     for k in range(2, n - 1, 2):
         for threshold in range(least_threshold(k), k + 1):
             if n * _at_least(n - 1, bad, k, threshold) > 2.0**-security:

@@ -12,7 +12,7 @@ from sfl.core.secure import Keeper, SecureSum, Summing
 from sfl.core.task import Task
 from sfl.errors import CompositionError, ConfigError, MissingExtraError
 from sfl.privacy.secagg.fixed import FixedPoint
-from sfl.privacy.secagg.graph import check_threshold
+from sfl.privacy.secagg.graph import Degree, check_threshold
 from sfl.privacy.secagg.terms import Terms
 from sfl.types import Parameters, StateTree
 
@@ -37,6 +37,7 @@ class SecAgg(SecureSum):
         threshold: t, shares that give a site's secret back; at least ⌈2k/3⌉, or 0 for that.
         corrupt: Share of the sites that may pool what they know with the server; below 1/3.
         dropped: Share of the sites that may drop out of a round.
+        least: Sites below which a sum is refused: by the server, and by each site as far as it is told who is in it.
         grid: Set by a job whose sites add discrete noise: the power of two that its values are multiples of.
 
     Raises:
@@ -51,6 +52,7 @@ class SecAgg(SecureSum):
     threshold: int = 0
     corrupt: float = 0.2
     dropped: float = 0.1
+    least: int = 2
     grid: float = 0.0
     tasks: ClassVar[frozenset[str]] = frozenset({"secagg-keys", "secagg-shares", "secagg-unmask"})
 
@@ -84,6 +86,7 @@ class SecAgg(SecureSum):
             threshold=self.threshold,
             corrupt=self.corrupt,
             dropped=self.dropped,
+            least=self.least,
         )
 
     def require(self, cohort: int) -> None:
@@ -100,8 +103,22 @@ class SecAgg(SecureSum):
         self.terms.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
         self.terms.degree(cohort)
 
-    def on_grid(self, grid: float) -> SecAgg:
-        """See ``SecureSum.on_grid``."""
+    def among(self, least: int) -> SecAgg:
+        """See ``SecureSum.among``."""
+        return replace(self, least=max(least, 2))
+
+    def on_grid(self, grid: float, reach: float) -> SecAgg:
+        """See ``SecureSum.on_grid``.
+
+        Raises:
+            CompositionError: If such a sum would not fit a word.
+        """
+        if grid * 2.0 ** (self.bits - 1) <= reach:
+            need = next((bits for bits in _BITS if grid * 2.0 ** (bits - 1) > reach), None)
+            remedy = f"Set {need}." if need else "Use fewer sites or less noise."
+            raise CompositionError(
+                f"secagg_bits must hold sums of {reach:.3g} in steps of {grid:.3g}, got {self.bits}. {remedy}"
+            )
         return replace(self, grid=grid)
 
     def begin(self) -> StateTree:
@@ -126,6 +143,19 @@ class SecAgg(SecureSum):
 
         return SecAggSite(name, self.terms, identity or RehearsedIdentity(name), Memory(keeper))
 
-    def described(self) -> list[str]:
+    def described(self, cohort: int) -> list[str]:
         """See ``SecureSum.described``."""
-        return []
+        terms = self.terms
+        degree, fixed = terms.degree(cohort), terms.fixed.of(cohort)
+        moved = "added up exactly" if fixed.grid else f"rounded: it moves a mean of all by {fixed.error:.2g} at most"
+        return [
+            f"secure aggregation: the server never saw a site's update, only sums of at least {self.least} sites",
+            f"each site masks with {degree.neighbours} others, and {degree.threshold} of them give a lost one's secret "
+            f"back; it holds while fewer than {_share(degree)} of them pool what they know with the server",
+            f"it hides updates in their sum, and is no differential privacy; {fixed.bits} bits a number, {moved}",
+        ]
+
+
+def _share(degree: Degree) -> str:
+    """How many neighbours may pool what they know with the server: fewer than would give it both secrets of a site."""
+    return str(max(1, 2 * degree.threshold - degree.neighbours))

@@ -83,7 +83,7 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
         summed.append(update.site)
         del update
     del training
-    _require_enough(this, summed, "sent a masked update")
+    _require_enough(this, summed, "sent a masked update", terms.least)
     shares = yield from _unmasking(this, summed)
     _unmask(this, total, summed, shares)
     mean, weight, clipped = fixed.decoded(total, expected)
@@ -135,17 +135,17 @@ def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
     for update in (yield Step(tasks, check)):
         this.sealed[update.site] = dict(update.delta)
     this.alive = sorted(this.sealed)
-    _require_enough(this, this.alive, "shared their secrets out")
+    _require_enough(this, this.alive, "shared their secrets out", terms.least)
 
 
-def _require_enough(this: _Round, staying: Sequence[str], did: str) -> None:
+def _require_enough(this: _Round, staying: Sequence[str], did: str, least: int) -> None:
     """Sites with too few neighbours left would refuse the next step."""
     there = set(staying)
     short = [name for name in staying if len(there.intersection(this.around[name])) < this.threshold]
-    if short or len(staying) < 2:
+    if short or len(staying) < least:
         raise RoundError(
-            f"round {this.number} must keep {this.threshold} neighbours of each site for its sum to be opened, got "
-            f"{len(staying)} of {len(this.sites)} sites that {did}. Mend those that dropped out."
+            f"round {this.number} must keep at least {least} sites, and {this.threshold} neighbours of each, for a sum "
+            f"that may be opened, got {len(staying)} of {len(this.sites)} that {did}. Mend those that dropped out."
         )
 
 

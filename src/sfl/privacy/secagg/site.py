@@ -176,6 +176,8 @@ class SecAggSite(SecureSite):
             len(staying) >= least and self._name in summed,
             f"a sum must be of this site and at least {least} of its neighbours, got {len(staying)}",
         )
+        fewest = self._terms.least
+        self._require(len(summed) >= fewest, f"a sum must be of at least {fewest} sites, got {len(summed)}")
         self._memory.keep(run, task.round, None)  # before anything leaves: one answer, and never both shares
         channel, out = bytes.fromhex(kept["channel"]), dict[str, Array]()
         for other in around:

@@ -20,6 +20,7 @@ class Terms:
         threshold: Shares that give a secret back; 0 takes the smallest that is safe.
         corrupt: Share of the sites that may pool what they know with the server.
         dropped: Share of the sites that may drop out of a round.
+        least: Sites that a sum must be of.
     """
 
     fixed: FixedPoint
@@ -27,6 +28,7 @@ class Terms:
     threshold: int = 0
     corrupt: float = 0.2
     dropped: float = 0.1
+    least: int = 2
 
     def degree(self, n: int) -> Degree:
         """Neighbours and threshold in a round of n sites: those that were asked for, as far as there are so many.
