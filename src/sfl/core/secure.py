@@ -6,6 +6,7 @@ site's half answers steps, and closes what its client's training has made.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,11 @@ class SecureSum(ABC):
 
     tasks: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def heaviest(self) -> float:
+        """The largest weight that a site may have; infinite if there is none."""
+        return math.inf
+
     @abstractmethod
     def require(self, cohort: int) -> None:
         """Whether rounds of ``cohort`` planned sites can be summed as promised; asked before a run.
@@ -159,6 +165,10 @@ class SecureSum(ABC):
             keeper: Where it keeps what it must remember.
             identity: Who it is, as the other sites know it; by default that of a simulated site.
         """
+
+    def remarks(self, figures: Metrics) -> list[str]:  # noqa: ARG002
+        """What a person should know of a round with these figures."""
+        return []
 
     @abstractmethod
     def described(self, cohort: int) -> list[str]:

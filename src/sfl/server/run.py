@@ -220,6 +220,8 @@ class Run:
         if aggregate is None:
             raise CompositionError(f"{type(aggregator).__name__} must be one of sums under a secure sum.")
         figures = {} if self.job.mechanisms else total.figures
+        for text in secure.remarks(figures):
+            self.emit(Notice(text=text, level="warning"))
         return self._as_the_round_has_it(aggregate, task, len(total.sites)), self.job.derive({**said, **figures})
 
     def lowered(self, task: Task, memory: StateTree = None, *, remembers: bool = False) -> tuple[Task, StateTree]:

@@ -142,6 +142,11 @@ def check_secure(
             "SkellamMechanism."
         )
     secure.require(federation.planned_sites)
+    if federation.weighting == "examples" and secure.heaviest <= 1.0:
+        raise CompositionError(
+            "secagg_max_weight must be the largest number of examples that a site counts with, under "
+            "weighting=examples, got 1. Set it, or leave the weighting out: then all sites count the same."
+        )
 
 
 def check_whole_numbers(mechanisms: Sequence[Mechanism], secure: SecureSum | None) -> None:

@@ -21,8 +21,10 @@ from sfl.core.aggregator import sum_dtype
 from sfl.errors import CompositionError
 from sfl.types import Array, Parameters
 
-__all__ = ["FixedPoint", "Words"]
+__all__ = ["CLIPPED", "FixedPoint", "Words"]
 
+CLIPPED = "clipped_values"
+"""The figure that says which share of all values of a round's updates was cut off."""
 _WIDE = 2  # words of 64 bits that stand before a site's integers: its weight, and how many values were clipped
 _BLOCK = 1 << 16
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 from sfl.core.secure import Keeper, SecureSum, Summing
 from sfl.core.task import Task
 from sfl.errors import CompositionError, ConfigError, MissingExtraError
-from sfl.privacy.secagg.fixed import FixedPoint
+from sfl.privacy.secagg.fixed import CLIPPED, FixedPoint
 from sfl.privacy.secagg.graph import Degree, check_threshold
 from sfl.privacy.secagg.terms import Terms
-from sfl.types import Parameters, StateTree
+from sfl.types import Metrics, Parameters, StateTree
 
 if TYPE_CHECKING:
     from sfl.privacy.secagg.identity import Identity
@@ -75,6 +75,11 @@ class SecAgg(SecureSum):
                 raise ConfigError(f"{name} must be {rule}, got {value}.")
         if self.shares:
             check_threshold(self.shares, self.threshold or self.shares)
+
+    @property
+    def heaviest(self) -> float:
+        """See ``SecureSum.heaviest``."""
+        return float(self.max_weight)
 
     @property
     def terms(self) -> Terms:
@@ -142,6 +147,13 @@ class SecAgg(SecureSum):
         from sfl.privacy.secagg.site import SecAggSite
 
         return SecAggSite(name, self.terms, identity or RehearsedIdentity(name), Memory(keeper))
+
+    def remarks(self, figures: Metrics) -> list[str]:
+        """See ``SecureSum.remarks``."""
+        share = figures.get(CLIPPED, 0.0)
+        if not share:
+            return []
+        return [f"{share:.2%} of the values of updates were cut off at secagg_clip = {self.clip:g}. Set it higher."]
 
     def described(self, cohort: int) -> list[str]:
         """See ``SecureSum.described``."""

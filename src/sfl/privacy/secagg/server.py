@@ -12,7 +12,7 @@ import numpy as np
 from sfl.core.secure import Exchanging, Step, Summing, Total
 from sfl.core.task import SERVER, Task, Update
 from sfl.errors import ProtocolError, RoundError
-from sfl.privacy.secagg.fixed import Words
+from sfl.privacy.secagg.fixed import CLIPPED, Words
 from sfl.privacy.secagg.graph import arranged, neighbours
 from sfl.privacy.secagg.messages import (
     ALIVE,
@@ -93,7 +93,7 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
             "protocol."
         )
     share = clipped / (len(summed) * max(total.narrow.size, 1))
-    return Total(Update(SERVER, mean, weight), tuple(sorted(summed)), {} if fixed.grid else {"clipped_values": share})
+    return Total(Update(SERVER, mean, weight), tuple(sorted(summed)), {} if fixed.grid else {CLIPPED: share})
 
 
 def _keys(this: _Round, cohort: Sequence[str]) -> Exchanging[None]:
