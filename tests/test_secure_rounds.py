@@ -16,12 +16,14 @@ import clients
 from sfl.core.events import Notice, RoundFinished, SiteFinished
 from sfl.core.mechanism import DpEvent
 from sfl.core.task import FIT, Status, Update
+from sfl.engine.attacker import Attack
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError
 from sfl.privacy.accountant import PrivacyAccountant
 from sfl.privacy.budget import PrivacyBudget
 from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.dp import GaussianMechanism
+from sfl.privacy.filters import FreezeLayers
 from sfl.privacy.runner_utils import build_protections
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.skellam import STEPS, SkellamMechanism, SkellamNoise
@@ -296,3 +298,22 @@ def _claimed_all(events: list[DpEvent]) -> float:
 def test_mechanisms_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         SkellamMechanism(**{"clip_norm": 1.0, "noise_multiplier": 1.0, "shares": 4, **options})  # pyright: ignore[reportArgumentType]
+
+
+def test_no_attack_lies_where_nobody_sees_an_update() -> None:
+    attacked = SimEnv(device="cpu", attack=Attack(name="sign-flip", attackers=1))
+    with pytest.raises(CompositionError, match="an attack must be on updates that a server sees"):
+        recipe(secure=SecAgg()).execute(attacked)
+
+
+def test_the_other_protections_stand_beside_it() -> None:
+    """Frozen arrays are not masked at all, and what goes down may be coded."""
+    fields: dict[str, Any] = {"client": clients.Base, "initial_parameters": clients.many_dtypes}
+    frozen = clients.Recorder()
+    names = ("f8", "f2", "i8", "u1", "flag", "scalar", "none")
+    run(recipe(secure=SecAgg(), transforms=(FreezeLayers(names),), **fields), observers=(frozen,))
+    whole = clients.Recorder()
+    run(recipe(secure=SecAgg(), federation={"message_dtype": "float16"}, **fields), observers=(whole,))
+    assert frozen.site("site-1").nbytes == 20 * 4 + 2 * 8
+    assert whole.site("site-1").nbytes > 2 * frozen.site("site-1").nbytes
+    assert whole.rounds[1].bytes_down < 4 * 4 * 400

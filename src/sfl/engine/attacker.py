@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 
+from sfl.client.site import SiteProgram
 from sfl.core import arrays, rng
 from sfl.core.task import Update
 from sfl.engine import attacks
@@ -66,17 +67,23 @@ class Attack:
         return chosen
 
 
-def check_attack(attack: Attack, client: object) -> None:
+def check_attack(attack: Attack, program: SiteProgram) -> None:
     """Whether the sites of a job can play an attack.
 
     Args:
         attack: The attack.
-        client: The client class. One that exchanges labels where a task's configuration says ``flip_labels`` has the
-            class attribute ``flips_labels = True``.
+        program: What sites run. A client class that exchanges labels where a task's configuration says ``flip_labels``
+            has the class attribute ``flips_labels = True``.
 
     Raises:
         CompositionError: If they cannot.
     """
+    client = program.client
+    if program.secure is not None:
+        raise CompositionError(
+            "an attack must be on updates that a server sees, got one under secure aggregation: there the engine "
+            "cannot lie in a site's place. Leave one of the two out."
+        )
     if attack.name == LABEL_FLIP and not getattr(client, "flips_labels", False):
         raise CompositionError(
             f"{LABEL_FLIP} must be played by a client with flips_labels = True, which exchanges its labels when "

@@ -52,7 +52,7 @@ class SimEnv:
             refuse_provisioned(out)
         job = recipe.build()
         if self.attack is not None:
-            check_attack(self.attack, job.program.client)
+            check_attack(self.attack, job.program)
         return run_job(job, self.engine, out=out, resume=resume, observers=observers)
 
     def engine(self, job: Job, sites_folder: Path | None) -> Engine:

@@ -17,6 +17,9 @@ from sfl.privacy.noise import SLACK, GaussianNoise, check_sigma
 __all__ = ["GaussianMechanism", "analytic_gaussian_delta", "calibrate_gaussian_sigma", "calibrate_noise_multiplier"]
 
 _PRECISION = 1e-12
+_CLOSE = 1e-3  # relative, of a noise multiplier that is looked for
+_STRAIGHT = 12  # straight lines before halving takes over: what is spent may be known to two digits alone
+_LEAP, _FAR, _LEAST = 2.0, 3.0, math.log(1e-9)  # logarithms: the widest step, what is past all measure, the least noise
 POISSON = "each site is drawn by itself, by secret randomness, in every round (Poisson sampling)"
 ALL = "none"
 SHARES = "none; every site adds its share of the noise, and no two of them pool what they know"
@@ -71,7 +74,35 @@ def calibrate_noise_multiplier(
     if not (epsilon > 0.0 and math.isfinite(epsilon)):
         raise ConfigError(f"epsilon must be positive and finite, got {epsilon}.")
     accountant = PrivacyAccountant(delta=delta, method=method)
-    return _smallest(lambda noise: accountant.epsilon([event(noise)]) <= epsilon, precision=1e-3)
+    return _smallest_noise(lambda noise: accountant.epsilon([event(noise)]), epsilon)
+
+
+def _smallest_noise(spent: Callable[[float], float], epsilon: float) -> float:
+    """The smallest noise with which no more than ε is spent, from above, to a relative ``_CLOSE``.
+
+    What is spent falls as the noise rises, nearly as a power of it: straight lines between logarithms find it in half
+    as many steps as halving would, and each step may take the accountant a second.
+    """
+    low = high = None  # (log noise, log of what is spent over ε): too little noise, and enough
+    at, steps = 0.0, 0
+    while low is None or high is None or high[0] - low[0] > _CLOSE:
+        got = spent(math.exp(at))
+        point = (at, math.log(got / epsilon) if 0.0 < got < math.inf else math.copysign(_FAR, got - epsilon))
+        low, high = (point, high) if got > epsilon else (low, point)
+        if low is None or high is None:
+            at += max(-_LEAP, min(_LEAP, point[1])) or -_CLOSE  # as if ε were the inverse of the noise
+            if at < _LEAST:
+                return math.exp(point[0])
+            continue
+        steps += 1
+        if steps > _STRAIGHT:
+            at = (low[0] + high[0]) / 2.0
+            continue
+        slope = (high[1] - low[1]) / (high[0] - low[0])
+        guess = low[0] - low[1] / slope if slope < 0.0 else (low[0] + high[0]) / 2.0
+        side = _CLOSE / 3.0 if got > epsilon else -_CLOSE / 3.0  # to the other side of it, so that both ends come close
+        at = min(max(guess + side, low[0] + _CLOSE / 3.0), high[0] - _CLOSE / 3.0)
+    return math.exp(high[0])
 
 
 @final
