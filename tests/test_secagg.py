@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import datetime
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +30,7 @@ from secagg_sites import STAGES, Federation, with_config
 from sfl.core.task import FIT, Task, Update
 from sfl.engine.flower.keys import make_kits
 from sfl.engine.kit import identity_of, use_kit
-from sfl.errors import CompositionError, ConfigError, ProtocolError, RoundError
+from sfl.errors import CompositionError, ConfigError, MissingExtraError, ProtocolError, RoundError
 from sfl.io.site_store import SecretStore
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.fixed import FixedPoint
@@ -545,6 +551,44 @@ def test_an_answer_that_is_none_costs_its_site_the_round_and_nobody_else(stage: 
     assert "site-002" in federation.refused
 
 
+def test_a_share_of_no_secret_is_noticed() -> None:
+    federation = Federation(SecAgg(), 6)
+
+    def forge(name: str, update: Update) -> Update:
+        if name == "site-002" and "of/site-001" in update.delta:
+            return replace(update, delta={**update.delta, "of/site-001": np.full(SHARE, 255, np.uint8)})
+        return update
+
+    federation.forge = forge
+    with pytest.raises(RoundError, match="shares must be of a secret of 32 bytes"):
+        federation.run()
+
+
+def test_a_run_that_was_begun_without_does_not_go_on_with_it() -> None:
+    federation = Federation(SecAgg(), 4)
+    federation.memory = None
+    with pytest.raises(ConfigError, match="as it was begun"):
+        federation.run()
+
+
+def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sfl\[privacy\]'"):
+        SecAgg().require(4)
+    monkeypatch.setitem(sys.modules, "sfl.privacy.secagg.identity", None)
+    monkeypatch.setenv("_SFL_SITE_KIT", "somewhere")
+    with pytest.raises(MissingExtraError):
+        identity_of("one", required=True)
+
+
+def test_arrays_that_a_site_leaves_out_are_zeros() -> None:
+    federation = Federation(SecAgg(), 4)
+    federation.updates["site-001"] = {}
+    total = federation.run()
+    others = np.sum([federation.updates[name]["count"] for name in federation.names[1:]], axis=0)
+    assert np.array_equal(total.mean.delta["count"], others / 4)
+
+
 def test_a_share_that_was_changed_is_noticed() -> None:
     federation = Federation(SecAgg(), 6)
 
@@ -669,6 +713,30 @@ def test_a_certificate_that_has_expired_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("sfl.privacy.secagg.identity.datetime.datetime", Later)
     with pytest.raises(ProtocolError, match="has expired"):
         one.check("two", two.certificate, b"data", two.sign(b"data"))
+
+
+def certificate(name: str, key: Any, issuer: str, signer: Any) -> bytes:
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, one)]) for one in (name, issuer)]
+    builder = x509.CertificateBuilder(names[1], names[0], key.public_key(), 7, now, now + datetime.timedelta(days=1))
+    return builder.sign(signer, SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_keys_of_flares_kits_and_no_others() -> None:
+    root, key, other = (rsa.generate_private_key(65537, 2048) for _ in range(3))
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    authority = certificate("root", root, "root", root)
+    site = CertifiedIdentity(certificate("site", key, "root", root), pem, authority)
+    assert site.name == "site"
+    site.check("site", site.certificate, b"data", site.sign(b"data"))
+    with pytest.raises(ProtocolError, match="another signature"):
+        site.check("site", site.certificate, b"else", site.sign(b"data"))
+    for shown, words in (
+        (certificate("site", other, "root", other), "a certificate of another federation"),
+        (certificate("site", Ed25519PrivateKey.generate(), "root", root), "a key that is Ed25519PublicKey"),
+    ):
+        with pytest.raises(ProtocolError, match=words):
+            site.check("site", shown, b"data", site.sign(b"data"))
 
 
 def test_a_kit_that_is_none_is_said(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import algorithm_clients
 import clients
 from sfl.core.events import Notice, RoundFinished, SiteFinished
 from sfl.core.mechanism import DpEvent
-from sfl.core.task import FIT, Status, Update
+from sfl.core.task import FIT, Reply, Status, Update
 from sfl.engine.attacker import Attack
+from sfl.engine.local import LocalEngine
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError
 from sfl.privacy.accountant import PrivacyAccountant
@@ -39,6 +41,7 @@ from sfl.recipe import (
     ScaffoldRecipe,
     SwarmRecipe,
 )
+from sfl.server.federate import Hooks, federate
 from sfl.server.robust import CoordinateMedian, Krum
 from sfl.types import FederationConfig
 
@@ -130,6 +133,33 @@ def test_a_site_that_fails_is_left_out_of_the_sum() -> None:
     assert np.allclose(secure.parameters["w"], run(recipe(client=Fails)).parameters["w"], atol=1e-9)
     (failed, _) = (e for e in recorder.events if isinstance(e, SiteFinished) and e.status is Status.FAILED)
     assert failed.reason == "site-2: ValueError: no data today"
+
+
+class Forges(LocalEngine):
+    """Answers in the name of others, or with what is no answer."""
+
+    def replies(self, timeout: float | None = None, *, ticket: int | None = None) -> Iterator[Reply]:
+        for reply in super().replies(timeout, ticket=ticket):
+            update = reply.update
+            if update is not None and "keys" in update.delta and reply.site == "site-1":
+                yield replace(reply, update=replace(update, site="site-2"))
+            elif update is not None and "keys" in update.delta and reply.site == "site-2":
+                yield replace(reply, update=replace(update, delta={"keys": np.array([np.nan])}))
+            elif update is not None and "keys" in update.delta and reply.site == "site-3":
+                yield replace(reply, update=replace(update, delta={"keys": np.zeros(3, np.uint8)}))
+            else:
+                yield reply
+
+
+def test_answers_that_are_none_are_rejected_by_name() -> None:
+    job = recipe(secure=SecAgg(), federation={"num_clients": 6, "num_rounds": 1}).build()
+    recorder, names = clients.Recorder(), [f"site-{number}" for number in range(1, 7)]
+    federate(job, Forges(job.program, names), hooks=Hooks(observers=(recorder,)))
+    said = {s.site: s for s in recorder.events if isinstance(s, SiteFinished) and s.stage == "secagg-keys"}
+    assert [said[f"site-{n}"].status for n in range(1, 5)] == [Status.REJECTED] * 3 + [Status.USED]
+    assert said["site-1"].reason == "site-1: a used reply must hold the site's own answer, got that of 'site-2'."
+    assert "must be finite" in said["site-2"].reason
+    assert said["site-3"].reason == "site-3: keys of a site must be whole, got 3 bytes."
 
 
 def test_too_few_that_stay_end_the_run_in_one_line() -> None:
@@ -247,6 +277,13 @@ def test_rounding_never_makes_an_update_longer_than_its_bound() -> None:
             out = noise.change(Update("s", delta, 1.0)).delta["w"]
             assert np.linalg.norm(out) <= 1.0
             assert np.array_equal(out, np.rint(out * 2**12) / 2**12)
+
+
+def test_an_update_that_no_rounding_fits_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sfl.privacy.skellam._up_or_down", lambda value, generator: np.ceil(value))
+    noise = SkellamNoise(sigma=0.0, grid=0.25, bound=1.0)
+    out = noise.change(Update("s", {"w": np.full(100, 0.1)}, 1.0)).delta["w"]
+    assert not out.any()
 
 
 def test_a_sum_of_shares_has_the_noise_that_is_accounted() -> None:

@@ -92,7 +92,8 @@ def _screened(run: Run, reply: Reply, step: Step) -> Reply:
         return replace(reply, update=None)
     try:
         if update is None or update.site != reply.site:
-            raise UpdateError(f"{reply.site}: a used reply must hold the site's own answer, got none of its own.")
+            got = "none" if update is None else f"that of {update.site!r}"
+            raise UpdateError(f"{reply.site}: a used reply must hold the site's own answer, got {got}.")
         check.check_arrays(update)
         step.check(update)
     except UpdateError as error:

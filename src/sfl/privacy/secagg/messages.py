@@ -14,7 +14,7 @@ from sfl.errors import ProtocolError
 from sfl.privacy.secagg.primitives import KEY
 from sfl.types import Array
 
-__all__ = ["ALIVE", "KEYS", "SHARES", "UNMASK", "Bundle", "as_array", "as_bytes", "as_list", "place_of", "run_of"]
+__all__ = ["ALIVE", "Bundle", "KEYS", "SHARES", "UNMASK", "as_array", "as_bytes", "as_list", "place_of", "run_of"]  # noqa: RUF022 - plain order
 
 KEYS: Final = "secagg-keys"
 SHARES: Final = "secagg-shares"
