@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from algorithm_clients import Steered
 from sfl.client.base import BaseFederatedClient
 from sfl.client.scaffold import ScaffoldRule
 from sfl.core import arrays
@@ -20,8 +22,9 @@ from sfl.core.task import FIT, SERVER, Task, Update
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError, UpdateError
 from sfl.privacy.dp import GaussianMechanism
-from sfl.privacy.filters import FreezeLayers
-from sfl.recipe import FedAvgRecipe
+from sfl.privacy.filters import ErrorFeedback, FreezeLayers, TopK
+from sfl.privacy.secagg import SecAgg
+from sfl.recipe import DittoRecipe, FedAvgRecipe, FedBuffRecipe, FedOptRecipe
 from sfl.server.config import AlgorithmConfig
 from sfl.server.lora import MEAN_ERROR, TRUNCATION, LoraProductMean, lora_aggregator
 from sfl.server.robust import Krum, NormBound
@@ -397,6 +400,25 @@ def test_a_run_says_what_the_rounds_lost() -> None:
     np.testing.assert_allclose(product(result.parameters), product(sent), atol=1e-12)
     plain = job(aggregator=WeightedMean()).execute(SimEnv(device="cpu"))
     assert set(plain.rounds[1].fit) == {"loss"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        (FedOptRecipe, {}, "must come with FedAvg or FedProx at a server learning rate of 1, got FedOptRecipe"),
+        (DittoRecipe, {}, "got DittoRecipe"),
+        (FedBuffRecipe, {"buffer": 2}, "got FedBuffRecipe"),
+        (FedAvgRecipe, {"server_learning_rate": 0.5}, "server learning rate of 1"),
+        (FedAvgRecipe, {"aggregator": NormBound(LoraProductMean(), 1.0), "server_learning_rate": 0.5}, "NormBound"),
+        (FedAvgRecipe, {"transforms": (ErrorFeedback(TopK(0.5)),)}, "without error feedback"),
+        (FedAvgRecipe, {"federation": FederationConfig(num_clients=3, message_dtype="int8")}, "without error feedback"),
+        (FedAvgRecipe, {"secure": SecAgg()}, "got LoraProductMean: it looks at single updates"),
+    ],
+)
+def test_what_would_remember_factors_is_refused(kind: Any, fields: dict[str, Any], words: str) -> None:
+    given = {"aggregator": LoraProductMean(), "federation": FederationConfig(num_clients=3), **fields}
+    with pytest.raises(CompositionError, match=words):
+        kind(name="lora", client=Steered, initial_parameters=model(begun=False), **given).build()
 
 
 def test_under_noise_on_the_sum_it_is_refused_and_under_a_sites_own_it_works() -> None:

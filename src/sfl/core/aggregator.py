@@ -30,6 +30,13 @@ class Aggregator(ABC):
 
     needs: ClassVar[Needs] = "individual"
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether an aggregate describes a new model by other numbers: then what is remembered of the old ones, on the
+        server or on a site, means nothing.
+        """
+        return False
+
     def of_mean(self, mean: Update) -> Update | None:  # noqa: ARG002
         """The same aggregate from the weighted mean of updates alone, whose weight is the sum of theirs.
 

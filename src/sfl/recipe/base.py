@@ -25,6 +25,7 @@ from sfl.core.secure import SecureSum
 from sfl.core.transform import Chain, Divide, Transform, chain, flat
 from sfl.errors import CompositionError, ConfigError
 from sfl.privacy.budget import PrivacyBudget
+from sfl.privacy.filters.compress import ErrorFeedback
 from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
@@ -32,6 +33,7 @@ from sfl.server.job import Job
 from sfl.server.secure import check_secure, check_whole_numbers
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
+from sfl.server.strategy import FedAvg
 from sfl.server.workflow import Workflow
 from sfl.types import Array, FederationConfig, Metrics, Parameters
 
@@ -180,6 +182,8 @@ class Recipe(ABC):
             self.example_budget.make_accountant().require()
             check_examples(self.transforms, self.federation)
         self.aggregator.require(self.federation.planned_sites)
+        if self.aggregator.rebuilds:
+            self._check_rebuilt(algorithm)
         check_whole_numbers(self.mechanisms, self.secure)
         if self.secure is not None:
             check_secure(self.secure, self.aggregator, algorithm, self.mechanisms, self.federation)
@@ -191,6 +195,26 @@ class Recipe(ABC):
             raise CompositionError(
                 f"nothing may follow noise that is shared out among the sites, got {type(self.released[0]).__name__}: "
                 "what one site leaves out, another's noise would not hide. Put it among the transforms."
+            )
+
+    def _check_rebuilt(self, algorithm: Algorithm | Workflow) -> None:
+        """Whether nothing remembers the numbers that an aggregate gives anew in each round.
+
+        Raises:
+            CompositionError: If the server, a site or a message does.
+        """
+        name = type(self.aggregator).__name__
+        averages = type(algorithm) is FedAvg and algorithm.server_learning_rate == 1.0
+        if not averages or type(self.rule()) is not LocalRule:
+            raise CompositionError(
+                f"{name} must come with FedAvg or FedProx at a server learning rate of 1, got {type(self).__name__}: "
+                "each round describes the model by other numbers, so that what is remembered of them means nothing."
+            )
+        coded = self.federation.message_dtype != FLOAT32 and self.federation.message_error_feedback
+        if coded or any(isinstance(transform, ErrorFeedback) for transform in flat(self.transforms)):
+            raise CompositionError(
+                f"{name} must come without error feedback: what rounding or a filter left out is of numbers that the "
+                "next round gives anew. Set message_error_feedback=False, and leave ErrorFeedback out."
             )
 
     def _secure_sum(self) -> SecureSum | None:

@@ -65,6 +65,11 @@ class LoraProductMean(Aggregator):
 
     needs: ClassVar[Needs] = "individual"
 
+    @property
+    def rebuilds(self) -> bool:
+        """Each round describes the product by other factors."""
+        return True
+
     def init(self, parameters: Parameters) -> StateTree:
         """Nothing; a look at the model.
 

@@ -87,6 +87,11 @@ class NormBound(Aggregator):
     max_norm: float
     clip: bool = True
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the rule does."""
+        return self.rule.rebuilds
+
     def __post_init__(self) -> None:
         verify_update_norms((), self.max_norm)
 
