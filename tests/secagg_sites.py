@@ -10,13 +10,14 @@ import numpy as np
 
 from sfl.core.secure import Step, Total
 from sfl.core.task import FIT, Task, Update
-from sfl.errors import ProtocolError
+from sfl.errors import ProtocolError, UpdateError
 from sfl.io.site_store import SecretStore
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.site import SecAggSite
 from sfl.types import Parameters
 
-STAGES = ("secagg-keys", "secagg-shares", FIT, "secagg-unmask")
+STAGES = ("secagg-keys", "secagg-shares", FIT, "secagg-agree", "secagg-unmask")
+AGREE, UNMASK = STAGES[3:]
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Federation:
             try:
                 answer = self.forge(name, self.answer(name, self.tamper(name, task)))
                 step.check(answer)
-            except ProtocolError as error:
+            except (ProtocolError, UpdateError) as error:
                 self.refused[name] = str(error)
                 continue
             if task.name == FIT:

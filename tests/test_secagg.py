@@ -26,8 +26,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secagg_sites import STAGES, Federation, with_config
-from sfl.core.task import FIT, Task, Update
+from secagg_sites import AGREE, STAGES, UNMASK, Federation, with_config
+from sfl.core.task import EVALUATE, FIT, Task, Update
 from sfl.engine.flower.keys import make_kits
 from sfl.engine.kit import identity_of, use_kit
 from sfl.errors import CompositionError, ConfigError, MissingExtraError, ProtocolError, RoundError
@@ -284,7 +284,7 @@ def test_those_who_drop_out_leave_an_exact_sum_of_the_others(stage: str, n: int)
     lost = (1, 4) if n == 9 else tuple(range(0, 60, 10))
     federation = Federation(SecAgg(shares=0 if n == 9 else 20, dropped=0.2), n, lost={stage: lost})
     total = federation.run()
-    stayed = [name for at, name in enumerate(federation.names) if stage == STAGES[3] or at not in lost]
+    stayed = [name for at, name in enumerate(federation.names) if stage in (AGREE, UNMASK) or at not in lost]
     assert list(total.sites) == stayed
     for name, value in federation.plain(total).items():
         assert np.array_equal(value, total.mean.delta[name])
@@ -328,22 +328,37 @@ def test_of_what_was_cut_off_the_total_alone_is_known() -> None:
 
 
 def test_keys_that_the_server_has_put_are_refused() -> None:
-    forged = {}
-
     def tamper(name: str, task: Task) -> Task:
-        if task.name != "secagg-shares" or name != "site-001":
+        if (name, task.name) != ("site-001", STAGES[1]):
             return task
         held = Bundle.of(task.parameters["keys/site-002"].tobytes())
         mine = replace(held, channel=public_of(new_key()), masking=public_of(new_key()))
-        forged["digest"] = mine.digest
-        digests = task.parameters["digests"].copy()
-        digests[32:64] = np.frombuffer(mine.digest, np.uint8)  # the list would be right
         packed = np.frombuffer(mine.packed, np.uint8)
-        return replace(task, parameters={**task.parameters, "digests": digests, "keys/site-002": packed})
+        return replace(task, parameters={**task.parameters, "keys/site-002": packed})
 
     federation = Federation(SecAgg(), 4, tamper=tamper)
     federation.run()
-    assert "must be signed by it" in federation.refused["site-001"]
+    assert "keys of site-002 must be signed by it" in federation.refused["site-001"]
+
+
+def test_sites_that_the_server_has_made_up_are_refused() -> None:
+    """Neighbours follow from all keys of the list, and every one of them is held against its site's identity."""
+
+    def tamper(name: str, task: Task) -> Task:
+        if task.name != STAGES[1]:
+            return task
+        forged = RehearsedIdentity("nobody")
+        keys = public_of(new_key()) * 2 + bytes(32)
+        signature = forged.sign(Bundle.signed_part("site-000", str(task.config["secagg_run"]), 1, keys))
+        packed = Bundle(keys[:32], keys[32:64], keys[64:], b"", signature).packed
+        more = {**task.parameters, "keys/site-000": np.frombuffer(packed, np.uint8)}
+        sites = "site-000\n" + str(task.config["secagg_sites"])
+        return with_config(replace(task, parameters=more), secagg_sites=sites)
+
+    federation = Federation(SecAgg(), 5, tamper=tamper)
+    with pytest.raises(RoundError, match="got 0 of 5"):
+        federation.run()
+    assert "keys of site-000 must be signed by it" in federation.refused["site-003"]
 
 
 def test_keys_of_another_round_are_refused() -> None:
@@ -375,11 +390,11 @@ def test_keys_signed_for_another_run_are_refused() -> None:
     assert "keys of site-002 must be signed by it" in other.refused["site-001"]
 
 
-def unmask(change: Callable[[Task, Federation], Task]) -> Federation:
-    """A federation whose server asks site-001 for something else at the last step."""
+def asked(change: Callable[[Task, Federation], Task]) -> Federation:
+    """A federation whose server asks site-001 to agree on something else."""
     federation = Federation(SecAgg(), 7)
     federation.tamper = lambda name, task: (
-        change(task, federation) if (name, task.name) == ("site-001", STAGES[3]) else task
+        change(task, federation) if (name, task.name) == ("site-001", AGREE) else task
     )
     federation.run()
     return federation
@@ -395,19 +410,20 @@ def marks(numbers: Sequence[int], n: int = 7) -> str:
         ([0], "at least 4 of its neighbours, got 0"),  # a sum of one
         ([0, 1, 2, 3], "at least 4 of its neighbours, got 3"),
         ([1, 2, 3, 4, 5, 6], "a sum must be of this site"),
+        ([0, 1, 2, 3, 4], "for the sum that was agreed on, got another"),
     ],
 )
 def test_a_sum_of_too_few_is_not_opened(numbers: list[int], words: str) -> None:
-    federation = unmask(lambda task, _: with_config(task, secagg_alive=marks(numbers)))
+    federation = asked(lambda task, _: with_config(task, secagg_alive=marks(numbers)))
     assert words in federation.refused["site-001"]
 
 
 def test_a_sum_of_fewer_sites_than_a_job_asks_for_is_not_opened() -> None:
     federation = Federation(SecAgg(shares=4).among(6), 7)
     federation.tamper = lambda _, task: (
-        with_config(task, secagg_alive=marks([0, 1, 2, 3, 4])) if task.name == STAGES[3] else task
+        with_config(task, secagg_alive=marks([0, 1, 2, 3, 4])) if task.name == AGREE else task
     )
-    with pytest.raises(RoundError, match="must get 3 shares"):
+    with pytest.raises(RoundError, match="got 0 of 7 that agreed on the sum"):
         federation.run()
     assert any("at least 6 sites, got 5" in words for words in federation.refused.values())
 
@@ -417,7 +433,7 @@ def test_never_both_shares_of_a_site() -> None:
     federation, asked = Federation(SecAgg(), 7), list[str]()
 
     def tamper(name: str, task: Task) -> Task:
-        if (name, task.name) == ("site-001", STAGES[3]):
+        if (name, task.name) == ("site-001", UNMASK):
             first = federation.sites[name].answer(task)
             assert len(first.delta) == 6
             with pytest.raises(ProtocolError, match="got no secrets of that round"):
@@ -469,10 +485,10 @@ def test_no_mask_without_enough_neighbours() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"secagg_sites": "site-001"}, "several sites, each listed once"),
-        ({"secagg_sites": "site-001\nsite-001\nsite-002"}, "several sites, each listed once"),
-        ({"secagg_sites": "site-002\nsite-003"}, "several sites, each listed once"),
-        ({"secagg_sites": "site-001\nsite-002"}, "'digests' must be 64 bytes"),
+        ({"secagg_sites": "site-001"}, "at least 2 sites, each listed once"),
+        ({"secagg_sites": "site-001\nsite-001\nsite-002"}, "at least 2 sites, each listed once"),
+        ({"secagg_sites": "site-002\nsite-003"}, "at least 2 sites, each listed once"),
+        ({"secagg_sites": "site-001\nsite-002"}, "an answer must hold what was asked for"),
         ({"secagg_run": ""}, "of which run it is"),
         ({"secagg_run": "another"}, "got no secrets of that round"),
     ],
@@ -486,23 +502,6 @@ def test_a_list_that_is_none_is_refused(config: dict[str, str], words: str) -> N
     assert words in federation.refused["site-001"]
 
 
-def test_another_list_for_each_leaves_nobody_with_neighbours_of_the_servers_choice() -> None:
-    """Neighbours follow from all keys: a server that wants others than those has to show others' keys."""
-    federation = Federation(SecAgg(shares=2), 9)
-
-    def tamper(name: str, task: Task) -> Task:
-        if (name, task.name) != ("site-001", STAGES[1]):
-            return task
-        (first, *_), chosen = sorted(key for key in task.parameters if key.startswith("keys/")), "keys/site-009"
-        others = {key: value for key, value in task.parameters.items() if key != first}
-        return replace(task, parameters={**others, chosen: task.parameters[first]})
-
-    federation.tamper = tamper
-    with pytest.raises(RoundError):
-        federation.run()
-    assert "site-001" in federation.refused
-
-
 def test_a_step_of_no_protocol_is_refused() -> None:
     with pytest.raises(ProtocolError, match="must be one of secure aggregation"):
         SecAgg().site("a", SecretStore(None)).answer(Task("secagg-what", 1, {}, {"secagg_run": "r"}))
@@ -510,7 +509,7 @@ def test_a_step_of_no_protocol_is_refused() -> None:
 
 @pytest.mark.parametrize("alive", ["", "zz"])
 def test_marks_that_are_none_are_refused(alive: str) -> None:
-    federation = unmask(lambda task, _: with_config(task, secagg_alive=alive))
+    federation = asked(lambda task, _: with_config(task, secagg_alive=alive))
     assert "must mark which of 7 sites" in federation.refused["site-001"]
 
 
@@ -526,7 +525,14 @@ def test_in_a_deployment_a_round_is_answered_once(tmp_path: Path) -> None:
         federation.run(2)
     assert "a round must be answered once" in federation.refused["site-001"]
     federation.run(3)
-    Federation(SecAgg(), 4).run(1)
+    federation.memory = {"run": "another"}
+    with pytest.raises(RoundError, match="got 0 of 4"):
+        federation.run(4)
+    assert "must be of the run that it was begun with" in federation.refused["site-001"]
+    evaluation = Task(EVALUATE, 3, {})
+    assert federation.sites["site-001"].opened(evaluation) == evaluation
+    with pytest.raises(ProtocolError, match="a round must be evaluated once"):
+        federation.sites["site-001"].opened(evaluation)
     rehearsal = Federation(SecAgg(), 4)
     rehearsal.run(1)
     rehearsal.run(1)  # where all sites are one person's, a run that was killed may repeat its round
@@ -535,20 +541,106 @@ def test_in_a_deployment_a_round_is_answered_once(tmp_path: Path) -> None:
 # What a dishonest site may do
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_an_answer_that_is_none_costs_its_site_the_round_and_nobody_else(stage: int) -> None:
+@pytest.mark.parametrize("kind", ["keys", "to", "words", "of"])
+def test_an_answer_that_is_none_costs_its_site_the_round_and_nobody_else(kind: str) -> None:
     federation = Federation(SecAgg(), 8)
 
     def forge(name: str, update: Update) -> Update:
-        kind = next(iter(update.delta)).partition("/")[0]
-        if name != "site-002" or kind != ("keys", "to", "words", "of")[stage]:
+        if name != "site-002" or next(iter(update.delta)).partition("/")[0] != kind:
             return update
         return replace(update, delta={key: value[:7] for key, value in update.delta.items()})
 
     federation.forge = forge
     total = federation.run()
-    assert len(total.sites) == (8 if stage == 3 else 7)
+    assert len(total.sites) == (8 if kind == "of" else 7)
     assert "site-002" in federation.refused
+
+
+@pytest.mark.parametrize("more", [b"x" * (1 << 14), b""])
+def test_keys_of_any_size_and_answers_beyond_what_was_asked_are_rejected(more: bytes) -> None:
+    federation = Federation(SecAgg(), 5)
+
+    def forge(name: str, update: Update) -> Update:
+        if name != "site-002" or "keys" not in update.delta:
+            return update
+        keys = np.frombuffer(update.delta["keys"].tobytes() + more, np.uint8)
+        return replace(update, delta={"keys": keys, **({} if more else {"beyond": keys})})
+
+    federation.forge = forge
+    assert len(federation.run().sites) == 4
+    assert "site-002" in federation.refused
+
+
+def test_who_signs_something_else_is_not_counted() -> None:
+    """Signatures of two thirds over one sum are needed, so no two sums find them."""
+    for liars, fails in ((2, False), (3, True)):
+        federation = Federation(SecAgg(), 6)
+        chosen = federation.names[-liars:]
+        federation.forge = lambda name, update, chosen=chosen: (
+            replace(update, delta={"agreed": np.zeros(64, np.uint8)})
+            if name in chosen and "agreed" in update.delta
+            else update
+        )
+        if fails:
+            with pytest.raises(RoundError, match="must get"):
+                federation.run()
+            assert "at least 4 sites must say that a sum is of the same, got 3" in federation.refused["site-001"]
+        else:
+            assert len(federation.run().sites) == 6
+    federation = Federation(SecAgg(), 4)
+    federation.forge = lambda name, update: (
+        replace(update, delta={"agreed": np.zeros(1 << 15, np.uint8)})
+        if name == "site-004" and "agreed" in update.delta
+        else update
+    )
+    federation.run()
+    assert "a signature must be at most" in federation.refused["site-004"]
+
+
+def test_sites_that_were_sent_different_models_share_no_masks() -> None:
+    """Else a server could send most of them a model of which no gradient is left (Pasquini et al., CCS 2022)."""
+    federation = Federation(SecAgg(), 5)
+    federation.tamper = lambda name, task: (
+        replace(task, parameters={**task.parameters, "w": np.ones(federation.size, np.float32)})
+        if (name, task.name) == ("site-001", FIT)
+        else task
+    )
+    with pytest.raises(RoundError, match="the masks must cancel"):
+        federation.run()
+
+
+def test_shares_that_do_not_open_are_their_senders_fault() -> None:
+    federation = Federation(SecAgg(), 6)
+    federation.forge = lambda name, update: (
+        replace(update, delta={key: np.zeros_like(value) for key, value in update.delta.items()})
+        if name == "site-002" and "to/site-001" in update.delta
+        else update
+    )
+    with pytest.raises(RoundError, match="shares of the secrets of site-002, got 0"):
+        federation.run()
+    assert federation.refused == {}
+
+
+def test_what_is_not_finite_or_does_not_fit_is_refused() -> None:
+    for update, words in (
+        ({"w": np.full(50, np.nan, np.float32)}, "must be finite, got NaN"),
+        ({"count": np.array([2**62, 0])}, "must fit a sum of 64 bits"),
+    ):
+        federation = Federation(SecAgg(), 4)
+        federation.updates["site-002"] = update
+        assert len(federation.run().sites) == 3
+        assert words in federation.refused["site-002"]
+
+
+def test_a_model_of_whole_numbers_alone() -> None:
+    federation = Federation(SecAgg(), 4, size=0)
+    federation.forge = lambda name, update: (
+        replace(update, delta={**update.delta, "words": np.zeros(5, np.uint8)})
+        if name == "site-002" and "words" in update.delta
+        else update
+    )
+    assert len(federation.run().sites) == 3
+    assert "'words' must be 0 bytes" in federation.refused["site-002"]
 
 
 def test_a_share_of_no_secret_is_noticed() -> None:
@@ -782,4 +874,7 @@ def test_secrets_lie_where_their_user_alone_reads_them_and_go_with_the_round(tmp
     federation.run()
     left = (tmp_path / "site-001" / "secret.safetensors").read_bytes()
     assert b"masking" not in left
-    assert b"answered" in left
+    assert b'"run"' in left.replace(b"\\", b"")
+    sites["a"].ended()
+    assert b"masking" not in path.read_bytes()
+    sites["a"].ended()

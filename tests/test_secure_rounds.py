@@ -96,7 +96,14 @@ def test_nothing_of_a_single_sites_training_is_told(tmp_path: Path) -> None:
     recorder = clients.Recorder()
     run(recipe(secure=SecAgg()), out=tmp_path / "run", observers=(recorder,))
     sites = [event for event in recorder.events if isinstance(event, SiteFinished)]
-    assert {event.stage for event in sites} == {"secagg-keys", "secagg-shares", FIT, "secagg-unmask", "evaluate"}
+    assert {event.stage for event in sites} == {
+        "secagg-keys",
+        "secagg-shares",
+        FIT,
+        "secagg-agree",
+        "secagg-unmask",
+        "evaluate",
+    }
     for event in sites:
         if event.stage != "evaluate":
             assert (event.metrics, event.num_examples) == ({}, 1.0)
@@ -109,7 +116,7 @@ def test_the_run_says_what_the_server_never_saw(tmp_path: Path) -> None:
     recorder = clients.Recorder()
     run(recipe(secure=SecAgg()), out=tmp_path / "run", observers=(recorder,))
     said = [event.text for event in recorder.events if isinstance(event, Notice)]
-    assert said.count("secure aggregation: the server never saw a site's update, only sums of at least 2 sites") == 2
+    assert said.count("secure aggregation: the server never saw a site's update, only sums of at least 3 sites") == 2
     report = json.loads((tmp_path / "run" / "privacy.json").read_text())
     assert "no differential privacy" in " ".join(report["statement"])
 
@@ -132,7 +139,8 @@ def test_a_site_that_fails_is_left_out_of_the_sum() -> None:
     secure = run(recipe(client=Fails, secure=SecAgg(bits=48)), observers=(recorder,))
     assert np.allclose(secure.parameters["w"], run(recipe(client=Fails)).parameters["w"], atol=1e-9)
     (failed, _) = (e for e in recorder.events if isinstance(e, SiteFinished) and e.status is Status.FAILED)
-    assert failed.reason == "site-2: ValueError: no data today"
+    assert failed.reason == "site-2: it failed; why is withheld, as this job is private"
+    assert (failed.details, failed.seconds) == ("", 0.0)
 
 
 class Forges(LocalEngine):
@@ -169,7 +177,7 @@ def test_too_few_that_stay_end_the_run_in_one_line() -> None:
                 raise ValueError("no data today")
             return super().compute_update(parameters, config)
 
-    with pytest.raises(RoundError, match="round 1 must keep at least 2 sites"):
+    with pytest.raises(RoundError, match=r"round 1 must keep at least 3 sites(.|\n)*site-2: it failed"):
         run(recipe(client=Fails, secure=SecAgg()))
 
 

@@ -134,11 +134,11 @@ class Site:
 
     def _done(self, update: Update, started: float) -> Reply:
         unchanged = not self._program.chain.transforms  # a transform may make what the check has not seen
-        seconds = time.perf_counter() - started if self._program.share_metrics else 0.0  # tells the size of the data
+        seconds = time.perf_counter() - started if self.shares else 0.0  # tells the size of the data
         return Reply(self.name, Status.USED, update, seconds=seconds, known_finite=unchanged)
 
     def _failed(self, task: Task, error: BaseException, started: float) -> Reply:
-        details = traceback.format_exc() if self._program.share_metrics else ""  # it does not leave otherwise
+        details = traceback.format_exc() if self.shares else ""  # it does not leave otherwise
         for callback in self._program.callbacks:
             try:
                 callback.on_task_failed(self.name, task, error)
@@ -148,7 +148,7 @@ class Site:
         status = Status.REJECTED if is_rejected else Status.FAILED
         if isinstance(error, BudgetExhausted | LedgerError | ProtocolError):  # which follow from no data
             return Reply(self.name, Status.FAILED, reason=str(error))
-        if not self._program.share_metrics:
+        if not self.shares:
             return self._withheld()
         seconds = time.perf_counter() - started
         if is_rejected:
@@ -164,6 +164,8 @@ class Site:
     def _dispatch(self, task: Task) -> Update:
         if task.name == END:
             self.close()
+            if self._secure is not None:
+                self._secure.ended()
             return Update(self.name, {}, 1.0)
         if task.name == EVALUATE and not self._program.share_metrics:
             raise UpdateError(f"{self.name}: a private job must not ask for a site's exact figures, got an evaluation.")

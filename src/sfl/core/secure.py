@@ -99,6 +99,9 @@ class SecureSite(ABC):
             ProtocolError: If this site must not send it.
         """
 
+    def ended(self) -> None:  # noqa: B027 - most have nothing to forget
+        """The run is over: what was kept for a step that will not come is forgotten."""
+
 
 class SecureSum(ABC):
     """A way to keep single updates from the server. A frozen dataclass: it travels with the job.

@@ -448,13 +448,17 @@ class Run:
 
     def _shortfall(self, task: Task, got: int) -> str:
         minimum = self.job.federation.min_available_clients
-        unused = [s for s in self.sites if s.stage == task.name and s.status is not Status.USED]
-        reasons = [s.reason if s.reason.startswith(s.site) else f"{s.site}: {s.reason or s.status}" for s in unused]
-        listed = "\n  ".join(reasons)
-        return (
-            f"round {task.round} must have at least {minimum} usable updates, got {got} of "
-            f"{got + len(reasons)}. Mend the sites below or lower min_available_clients.\n  {listed}"
+        unused = sum(s.stage == task.name and s.status is not Status.USED for s in self.sites)
+        return self.with_reasons(
+            f"round {task.round} must have at least {minimum} usable updates, got {got} of {got + unused}. Mend the "
+            "sites below or lower min_available_clients."
         )
+
+    def with_reasons(self, text: str) -> str:
+        """The text, and below it why sites were not used in this round."""
+        unused = [s for s in self.sites if s.stage != EVALUATE and s.status is not Status.USED]
+        reasons = [s.reason if s.reason.startswith(s.site) else f"{s.site}: {s.reason or s.status}" for s in unused]
+        return "\n  ".join([text, *dict.fromkeys(reasons)])
 
     def _moving(self, event: TransferProgress) -> None:
         """How far a large transfer is. How long a protected update is tells how much of it is zero."""

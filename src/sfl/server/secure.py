@@ -15,7 +15,7 @@ from sfl.core.algorithm import Algorithm
 from sfl.core.mechanism import Mechanism
 from sfl.core.secure import SecureSum, Step, Total
 from sfl.core.task import FIT, SERVER, Reply, Status, Task, Update
-from sfl.errors import CompositionError, ProtocolError, UpdateError
+from sfl.errors import CompositionError, ProtocolError, RoundError, UpdateError
 from sfl.types import FederationConfig, Metrics, Parameters
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def summed(
             step = summing.send(_answers(run, step, said))
         except StopIteration as end:
             return end.value, said
+        except RoundError as error:
+            raise RoundError(run.with_reasons(str(error))) from error
 
 
 def like(expected: Parameters, *, wide: bool) -> Parameters:

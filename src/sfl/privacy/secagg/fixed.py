@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sfl.core.aggregator import sum_dtype
-from sfl.errors import CompositionError
+from sfl.errors import CompositionError, ProtocolError
 from sfl.types import Array, Parameters
 
 __all__ = ["CLIPPED", "FixedPoint", "Words"]
@@ -122,11 +122,25 @@ class FixedPoint:
                 at_narrow += like.size
             else:
                 if value is not None:
-                    whole = np.rint(value).astype(np.int64).reshape(-1) * int(weight)
+                    whole = np.rint(value).astype(np.int64).reshape(-1)
+                    self._require_room(whole)
+                    whole *= int(weight)
                     words.wide[at_wide : at_wide + like.size] = whole.view(np.uint64)
                 at_wide += like.size
         words.wide[0], words.wide[1] = int(weight), clipped
         return words
+
+    def _require_room(self, whole: Array) -> None:
+        """Refuse whole numbers whose sum over all sites may not fit.
+
+        Raises:
+            ProtocolError: If one is too large.
+        """
+        largest = max(abs(int(whole.min(initial=0))), abs(int(whole.max(initial=0))))
+        if largest * self.heaviest * self.count >= 2.0**63:
+            raise ProtocolError(
+                f"whole numbers of an update must fit a sum of 64 bits, got {largest}. It sends nothing."
+            )
 
     def _encode(self, value: Array, weight: float, out: Array) -> int:
         flat, clipped = np.ascontiguousarray(value).reshape(-1), 0

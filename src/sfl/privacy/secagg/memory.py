@@ -13,8 +13,6 @@ from sfl.errors import ProtocolError
 
 __all__ = ["Memory"]
 
-_RUNS = 64  # runs of which the answered rounds are remembered
-
 
 class Memory:
     """One site's memory.
@@ -43,20 +41,32 @@ class Memory:
         kept["round"] = None if secrets is None else {"run": run, "number": round, "secrets": secrets}
         self._write(kept)
 
-    def answered(self, run: str) -> int:
-        """The last round of a run of which something masked has left."""
-        return int(self._read()["answered"].get(run, 0))
+    def last(self, what: str) -> int:
+        """The last round in which something was done; -1 if it was in none."""
+        return int(self._read()["done"].get(what, -1))
 
-    def answer(self, run: str, round: int) -> None:
-        """Note that something masked is about to leave."""
+    def note(self, what: str, round: int) -> None:
+        """Note that it is done in this round, before anything of it leaves."""
         kept = self._read()
-        answered: dict[str, int] = {name: last for name, last in kept["answered"].items() if name != run}
-        kept["answered"] = dict([*answered.items(), (run, round)][-_RUNS:])
-        self._write(kept)
+        self._write({**kept, "done": {**kept["done"], what: round}})
+
+    def pinned(self, run: str) -> str:
+        """The run that this memory is of: the first that it was told."""
+        kept = self._read()
+        if not kept["run"]:
+            self._write({**kept, "run": run})
+            return run
+        return str(kept["run"])
+
+    def forget(self) -> None:
+        """The secrets of a round that is not gone on with."""
+        kept = self._read()
+        if kept["round"] is not None:
+            self._write({**kept, "round": None})
 
     def _read(self) -> dict[str, Any]:
         kept: Any = self._keeper.load()
-        return {"round": None, "answered": {}} if kept is None else dict(kept)
+        return {"round": None, "run": "", "done": {}} if kept is None else dict(kept)
 
     def _write(self, kept: dict[str, Any]) -> None:
         self._keeper.save(kept)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,16 +15,36 @@ from sfl.errors import ProtocolError
 from sfl.privacy.secagg.primitives import KEY
 from sfl.types import Array
 
-__all__ = ["ALIVE", "Bundle", "KEYS", "SHARES", "UNMASK", "as_array", "as_bytes", "as_list", "place_of", "run_of"]  # noqa: RUF022 - plain order
+__all__ = [  # noqa: RUF022 - plain order
+    "AGREE",
+    "ALIVE",
+    "Bundle",
+    "KEYS",
+    "LARGEST",
+    "OWN",
+    "SHARES",
+    "UNMASK",
+    "as_array",
+    "as_bytes",
+    "as_list",
+    "digest_of",
+    "place_of",
+    "require_names",
+    "run_of",
+]
 
 KEYS: Final = "secagg-keys"
 SHARES: Final = "secagg-shares"
+AGREE: Final = "secagg-agree"
 UNMASK: Final = "secagg-unmask"
 ALIVE: Final = "secagg_alive"
 """Under which a step says which sites it is about: one bit for each, as hexadecimal digits."""
+OWN: Final = "secagg_"
+"""What the names of the protocol's own scalars begin with."""
 RUN: Final = "secagg_run"
 SITES: Final = "secagg_sites"
-DIGEST: Final = 32
+LARGEST: Final = 1 << 14
+"""Bytes of a site's keys with its certificate, at most."""
 _HEAD = 3 * KEY
 
 
@@ -32,22 +53,51 @@ def as_array(data: bytes) -> Array:
     return np.frombuffer(data, np.uint8)
 
 
-def as_bytes(arrays: Mapping[str, Array], name: str, nbytes: int = 0) -> bytes:
+def as_bytes(arrays: Mapping[str, Array], name: str, nbytes: int | None = None) -> bytes:
     """Bytes that came under a name.
 
     Raises:
         ProtocolError: If there are none, or another number than ``nbytes``, where that is known.
     """
     value = arrays.get(name)
-    if value is None or value.dtype != np.uint8 or value.ndim != 1 or (nbytes and value.size != nbytes):
+    if (
+        value is None
+        or value.dtype != np.uint8
+        or value.ndim != 1
+        or value.size != (value.size if nbytes is None else nbytes)
+    ):
         got = "none" if value is None else f"{value.dtype} of shape {value.shape}"
-        raise ProtocolError(f"{name!r} must be {nbytes or 'some'} bytes, got {got}.")
+        raise ProtocolError(f"{name!r} must be {'some' if nbytes is None else nbytes} bytes, got {got}.")
     return value.tobytes()
 
 
 def as_list(names: Sequence[str]) -> str:
     """Names as one scalar."""
     return "\n".join(names)
+
+
+def require_names(arrays: Mapping[str, Array], names: Collection[str]) -> None:
+    """Refuse an answer that holds anything else than what was asked for.
+
+    Raises:
+        ProtocolError: If it does.
+    """
+    if set(arrays) != set(names):
+        strange = sorted(set(arrays).symmetric_difference(names))
+        raise ProtocolError(f"an answer must hold what was asked for, got {strange[0]!r:.80} missing or beyond it.")
+
+
+def digest_of(task: Task) -> bytes:
+    """What a task to train is: its model and its scalars. Sites that were sent others share no masks."""
+    digest = hashlib.sha256()
+    scalars = {name: value for name, value in task.config.items() if not name.startswith(OWN)}
+    digest.update(json.dumps([task.round, scalars], sort_keys=True).encode())
+    for name in sorted(task.parameters):
+        value = task.parameters[name]
+        little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+        digest.update(json.dumps([name, little.dtype.str, list(value.shape)]).encode())
+        digest.update(little.reshape(-1).view(np.uint8).data)
+    return digest.digest()
 
 
 def place_of(names: Sequence[str], name: str) -> int:

@@ -54,7 +54,7 @@ class SecAgg(SecureSum):
     dropped: float = 0.1
     least: int = 2
     grid: float = 0.0
-    tasks: ClassVar[frozenset[str]] = frozenset({"secagg-keys", "secagg-shares", "secagg-unmask"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"secagg-keys", "secagg-shares", "secagg-agree", "secagg-unmask"})
 
     def __post_init__(self) -> None:
         rules = (
@@ -160,8 +160,9 @@ class SecAgg(SecureSum):
         terms = self.terms
         degree, fixed = terms.degree(cohort), terms.fixed.of(cohort)
         moved = "added up exactly" if fixed.grid else f"rounded: it moves a mean of all by {fixed.error:.2g} at most"
+        fewest = terms.needed(cohort)
         return [
-            f"secure aggregation: the server never saw a site's update, only sums of at least {self.least} sites",
+            f"secure aggregation: the server never saw a site's update, only sums of at least {fewest} sites",
             f"each site masks with {degree.neighbours} others, and {degree.threshold} of them give a lost one's secret "
             f"back; it holds while fewer than {_share(degree)} of them pool what they know with the server",
             f"it hides updates in their sum, and is no differential privacy; {fixed.bits} bits a number, {moved}",

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from sfl.core import arrays
 from sfl.core.secure import Exchanging, Step, Summing, Total
 from sfl.core.task import SERVER, Task, Update
 from sfl.errors import ProtocolError, RoundError
 from sfl.privacy.secagg.fixed import CLIPPED, Words
 from sfl.privacy.secagg.graph import arranged, neighbours
 from sfl.privacy.secagg.messages import (
+    AGREE,
     ALIVE,
     KEYS,
+    LARGEST,
     RUN,
     SHARES,
     SITES,
@@ -25,11 +28,13 @@ from sfl.privacy.secagg.messages import (
     as_array,
     as_bytes,
     as_list,
+    digest_of,
     place_of,
+    require_names,
 )
 from sfl.privacy.secagg.primitives import OVERHEAD, add_mask, public_of
 from sfl.privacy.secagg.shamir import SHARE, recovered
-from sfl.privacy.secagg.site import mask_seed, round_seed
+from sfl.privacy.secagg.site import mask_about, mask_seed, round_seed
 from sfl.privacy.secagg.terms import Terms
 from sfl.types import Config, Parameters
 
@@ -48,6 +53,7 @@ class _Round:
     alive: list[str] = field(default_factory=list[str])
     sealed: dict[str, Parameters] = field(default_factory=dict[str, Parameters])
     threshold: int = 0
+    digest: bytes = b""
 
     def task(self, name: str, parameters: Parameters, config: Config | None = None) -> Task:
         return Task(name, self.number, parameters, {**(config or {}), RUN: self.run})
@@ -59,7 +65,7 @@ class _Round:
 
 
 def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Terms, run: str) -> Summing:
-    """One round (Bell et al. 2020, Algorithm 2): keys, shares, masked updates, and what takes the masks off.
+    """One round (Bell et al. 2020, Algorithm 2, with the consistency check of Bonawitz et al. 2017).
 
     Raises:
         RoundError: If too few sites stay for their sum to be opened.
@@ -69,12 +75,14 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
     yield from _shares(this, terms)
     fixed = terms.fixed.of(len(this.sites))
     total = fixed.zeros(expected)
+    this.digest = digest_of(task)
     training = replace(task, config={**task.config, RUN: run, ALIVE: this.marks(this.alive)})
     del task
     summed: list[str] = []
     sizes = fixed.sizes(expected)
 
     def check(update: Update) -> None:
+        require_names(update.delta, sizes)
         for name, like in sizes.items():
             as_bytes(update.delta, name, like.size)
 
@@ -83,8 +91,11 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
         summed.append(update.site)
         del update
     del training
-    _require_enough(this, summed, "sent a masked update", terms.least)
-    shares = yield from _unmasking(this, summed)
+    needed = terms.needed(len(this.sites))
+    _require_enough(this, summed, "sent a masked update", needed)
+    agreed = yield from _agreeing(this, summed)
+    _require_enough(this, list(agreed), "agreed on the sum", needed)
+    shares = yield from _unmasking(this, summed, agreed)
     _unmask(this, total, summed, shares)
     mean, weight, clipped = fixed.decoded(total, expected)
     if not 0.0 < weight <= fixed.heaviest * len(summed):
@@ -109,7 +120,11 @@ def _keys(this: _Round, cohort: Sequence[str]) -> Exchanging[None]:
 
 
 def _bundle(update: Update) -> Bundle:
-    return Bundle.of(as_bytes(update.delta, "keys"))
+    require_names(update.delta, ("keys",))
+    came = as_bytes(update.delta, "keys")
+    if len(came) > LARGEST:
+        raise ProtocolError(f"keys of a site must be at most {LARGEST} bytes, got {len(came)}.")
+    return Bundle.of(came)
 
 
 def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
@@ -118,24 +133,18 @@ def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
     this.threshold = degree.threshold
     circle = arranged(this.sites, round_seed(this.run, this.number, digests))
     this.around = {name: neighbours(circle, name, degree.neighbours) for name in this.sites}
-    packed = {name: as_array(bundle.packed) for name, bundle in this.bundles.items()}
-    tasks = {
-        name: this.task(
-            SHARES,
-            {"digests": as_array(digests), **{f"keys/{other}": packed[other] for other in this.around[name]}},
-            {SITES: as_list(this.sites)},
-        )
-        for name in this.sites
-    }
+    keys = {f"keys/{name}": as_array(this.bundles[name].packed) for name in this.sites}
+    request = this.task(SHARES, keys, {SITES: as_list(this.sites)})
 
     def check(update: Update) -> None:
-        for other in this.around[update.site]:
-            as_bytes(update.delta, f"to/{other}", 2 * SHARE + OVERHEAD)
+        require_names(update.delta, [f"to/{other}" for other in this.around[update.site]])
+        for name in update.delta:
+            as_bytes(update.delta, name, 2 * SHARE + OVERHEAD)
 
-    for update in (yield Step(tasks, check)):
-        this.sealed[update.site] = dict(update.delta)
+    for update in (yield Step(dict.fromkeys(this.sites, request), check)):
+        this.sealed[update.site] = arrays.copy(update.delta)
     this.alive = sorted(this.sealed)
-    _require_enough(this, this.alive, "shared their secrets out", terms.least)
+    _require_enough(this, this.alive, "shared their secrets out", terms.needed(len(this.sites)))
 
 
 def _require_enough(this: _Round, staying: Sequence[str], did: str, least: int) -> None:
@@ -149,21 +158,43 @@ def _require_enough(this: _Round, staying: Sequence[str], did: str, least: int) 
         )
 
 
-def _unmasking(this: _Round, summed: Sequence[str]) -> Exchanging[dict[str, dict[int, bytes]]]:
-    marks = this.marks(summed)
+def _agreeing(this: _Round, summed: Sequence[str]) -> Exchanging[Parameters]:
+    """Signatures over which sites the sum is of, by name."""
+
+    def check(update: Update) -> None:
+        require_names(update.delta, ("agreed",))
+        if len(as_bytes(update.delta, "agreed")) > LARGEST:
+            raise ProtocolError(f"a signature must be at most {LARGEST} bytes.")
+
+    request = this.task(AGREE, {}, {ALIVE: this.marks(summed)})
+    return {
+        update.site: np.array(update.delta["agreed"]) for update in (yield Step(dict.fromkeys(summed, request), check))
+    }
+
+
+def _unmasking(this: _Round, summed: Sequence[str], agreed: Parameters) -> Exchanging[dict[str, dict[int, bytes]]]:
+    marks, signed = this.marks(summed), {f"agreed/{name}": signature for name, signature in agreed.items()}
     tasks = {
         name: this.task(
             UNMASK,
-            {f"from/{other}": this.sealed[other][f"to/{name}"] for other in this.around[name] if other in this.sealed},
+            {
+                **signed,
+                **{
+                    f"from/{other}": this.sealed[other][f"to/{name}"]
+                    for other in this.around[name]
+                    if other in this.sealed
+                },
+            },
             {ALIVE: marks},
         )
-        for name in summed
+        for name in agreed
     }
     shares: dict[str, dict[int, bytes]] = {name: {} for name in this.alive}
 
     def given(update: Update) -> dict[str, bytes]:
-        asked = [other for other in this.around[update.site] if other in shares]
-        return {other: as_bytes(update.delta, f"of/{other}", SHARE) for other in asked}
+        there = [other for other in this.around[update.site] if other in shares and f"of/{other}" in update.delta]
+        require_names(update.delta, [f"of/{other}" for other in there])
+        return {other: as_bytes(update.delta, f"of/{other}", SHARE) for other in there}
 
     for update in (yield Step(tasks, given)):
         for other, share in given(update).items():
@@ -188,7 +219,7 @@ def _unmask(this: _Round, total: Words, summed: Sequence[str], shares: Mapping[s
         for other in this.around[name]:
             if other in there:  # it had added the mask, or subtracted it, by whose name comes first
                 public = this.bundles[other].masking
-                seed = mask_seed(secret, public, this.run, this.number, (name, other))
+                seed = mask_seed(secret, public, this.digest, mask_about(this.run, this.number, name, other))
                 add_mask(total.both, seed, subtract=other < name)
 
 

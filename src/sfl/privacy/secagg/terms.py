@@ -30,6 +30,12 @@ class Terms:
     dropped: float = 0.1
     least: int = 2
 
+    def needed(self, n: int) -> int:
+        """Of n sites, how many must say that a sum is of the same sites: two such groups have an honest site in common,
+        while fewer than a third pool what they know with the server.
+        """
+        return max(self.least, -(-2 * n // 3))
+
     def degree(self, n: int) -> Degree:
         """Neighbours and threshold in a round of n sites: those that were asked for, as far as there are so many.
 
