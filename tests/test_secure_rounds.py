@@ -139,7 +139,7 @@ def test_a_site_that_fails_is_left_out_of_the_sum() -> None:
     secure = run(recipe(client=Fails, secure=SecAgg(bits=48)), observers=(recorder,))
     assert np.allclose(secure.parameters["w"], run(recipe(client=Fails)).parameters["w"], atol=1e-9)
     (failed, _) = (e for e in recorder.events if isinstance(e, SiteFinished) and e.status is Status.FAILED)
-    assert failed.reason == "site-2: it failed; why is withheld, as this job is private"
+    assert failed.reason == "site-2: it failed; why is withheld, as this job is private, and stands in its own log"
     assert (failed.details, failed.seconds) == ("", 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import time
@@ -149,6 +150,7 @@ class Site:
         if isinstance(error, BudgetExhausted | LedgerError | ProtocolError):  # which follow from no data
             return Reply(self.name, Status.FAILED, reason=str(error))
         if not self.shares:
+            logging.getLogger(__name__).warning("%s: what follows stays on this site", self.name, exc_info=error)
             return self._withheld()
         seconds = time.perf_counter() - started
         if is_rejected:
@@ -158,7 +160,7 @@ class Site:
 
     def _withheld(self) -> Reply:
         """Under a mechanism an error's own words, which may quote data, stay on the site; so does the time it took."""
-        reason = f"{self.name}: it failed; why is withheld, as this job is private"
+        reason = f"{self.name}: it failed; why is withheld, as this job is private, and stands in its own log"
         return Reply(self.name, Status.FAILED, reason=reason)
 
     def _dispatch(self, task: Task) -> Update:
