@@ -129,14 +129,14 @@ def drawn_rounds(n: int, corrupt: float, dropped: float, trials: int) -> dict[st
 def site_among(n: int, size: int) -> float:
     """CPU-seconds to mask of one site among n: its neighbours' keys agreed on, their masks, and its own."""
     from sfl.privacy.secagg.primitives import add_mask, new_key, public_of
-    from sfl.privacy.secagg.site import mask_seed
+    from sfl.privacy.secagg.site import mask_about, mask_seed
 
     k = degree(n, SecAgg().corrupt, SecAgg().dropped).neighbours
     keys, own = [public_of(new_key()) for _ in range(k)], new_key()
     words = np.zeros(size, np.uint32)
     started = time.process_time()
     for number, public in enumerate(keys):
-        add_mask((words,), mask_seed(own, public, "run", 1, ("a", str(number))))
+        add_mask((words,), mask_seed(own, public, bytes(32), mask_about("run", 1, "a", str(number))))
     add_mask((words,), new_key())
     return time.process_time() - started
 
