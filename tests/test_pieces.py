@@ -451,3 +451,31 @@ def test_a_load_of_a_site_that_cannot_be_reached_is_a_failure(small_pieces: None
     assert failed is not None
     assert (failed.status, failed.reason) == (Status.FAILED, "site-1: its node has left the federation")
     assert not isinstance(carried.came(1, "too late"), Ready)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.1, 2), (2.0, 16)])
+def test_where_answers_take_long_more_pieces_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch, small_pieces: None, seconds: float, most: int
+) -> None:
+    class Watch:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    monkeypatch.setattr(freight, "time", watch := Watch())
+    waiting, widest = dict[int, list[int]](), 0
+
+    def post(site: str, text: str, arrays: Parameters) -> int:
+        number = 1 + max(waiting, default=0)
+        waiting[number] = json.loads(text)["load"]
+        return number
+
+    carried = Freight(post, "life", lambda: 1)
+    assert carried.load(1, "site-1", json.dumps({"format": 1}), {"w": np.arange(4000.0)}) is None
+    while waiting:
+        widest, number = max(widest, len(waiting)), min(waiting)
+        start, _ = waiting.pop(number)
+        watch.now += seconds
+        carried.came(number, (json.dumps(ANSWER | {"site": "site-1", "at": start}), {}))
+    assert widest == most

@@ -29,7 +29,8 @@ Post: TypeAlias = Callable[[str, str, Parameters], Key]
 PATIENCE = 600.0
 """Seconds that one piece of a reply may take, where a round has no limit of its own."""
 _TRIMMED = 8  # pieces after which memory of messages is given back: the C library keeps it where it may be of use
-_AHEAD = 2  # pieces on their way to or from one site at a time
+_AHEAD, _MOST_AHEAD = 2, 16  # pieces on their way to or from one site at a time; where answers take long, up to
+_LONG = 1.0  # seconds for an answer to a piece after which twice as many are on their way: memory for pace
 _WIDER = 16  # times what was sent: an update of wider numbers, beside a model that was sent in narrow ones
 _SHOWN, _PAUSE = 100_000_000, 1.0  # bytes from which a transfer is shown; seconds between two words of it
 
@@ -55,6 +56,8 @@ class _Transfer:
     target: Target | None = None
     under_way: dict[Key, tuple[int, int]] = field(default_factory=dict[Key, tuple[int, int]])
     done: int = 0
+    ahead: int = _AHEAD
+    sent: dict[Key, float] = field(default_factory=dict[Key, float])
 
 
 class Freight:
@@ -181,6 +184,8 @@ class Freight:
         if transfer is None:
             return None
         start, stop = transfer.under_way.pop(key)
+        if time.monotonic() - transfer.sent.pop(key) > _LONG:
+            transfer.ahead = min(2 * transfer.ahead, _MOST_AHEAD)
         try:
             arrays = _accepted(answer, transfer, start)
             if transfer.target is not None:
@@ -206,7 +211,7 @@ class Freight:
         self._most.pop(ticket, None)
 
     def _go_on(self, transfer: _Transfer) -> None:
-        while transfer.todo and len(transfer.under_way) < _AHEAD:
+        while transfer.todo and len(transfer.under_way) < transfer.ahead:
             start, stop = transfer.todo.popleft()
             what = {"load": [start, transfer.nbytes]} if transfer.source is not None else {"draw": [start, stop]}
             said = {"format": FORMAT, "exchange": transfer.ticket, "life": self._life}
@@ -215,6 +220,7 @@ class Freight:
             key = self._post(transfer.site, json.dumps({**said, **what}), arrays)
             self._by_key[key] = transfer
             transfer.under_way[key] = (start, stop)
+            transfer.sent[key] = time.monotonic()
 
     def _ended(self, transfer: _Transfer) -> Ready | None:
         if transfer.target is None:
