@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sfl.core import arrays, quantise, sparse
-from sfl.core.aggregator import Sum, WeightedMean
 from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import (
     AggregationFinished,
@@ -29,7 +28,6 @@ from sfl.core.events import (
     StageStarted,
     TransferProgress,
 )
-from sfl.core.secure import SecureSum
 from sfl.core.task import (
     EVALUATE,
     EXAMPLE_EPSILON,
@@ -51,7 +49,7 @@ from sfl.server.callbacks import RunView, tell
 from sfl.server.job import Job
 from sfl.server.messages import lowered
 from sfl.server.replies import MetricsMean, aggregated, screened
-from sfl.server.secure import like, summed
+from sfl.server.secure import gathered
 from sfl.types import Metrics, Parameters, StateTree
 
 _GRID = 0.01  # by which an upper bound on ε may fall on another grid of losses
@@ -178,7 +176,7 @@ class Run:
             RoundError: If fewer than ``min_available_clients`` sites sent what can be used.
         """
         if self.job.program.secure is not None:
-            return self._gather_securely(self.job.program.secure, task, cohort)
+            return gathered(self, self.job.program.secure, task, cohort)
         mean = MetricsMean()
         started, before = time.perf_counter(), self.seconds[task.name]
         updates = self._began(task, mean.watch(self.usable(task, cohort)))
@@ -186,43 +184,23 @@ class Run:
             aggregate = self.aggregate(updates, task)
         except RoundError:
             if self._sums_nothing(cohort, mean.count):
-                return Update(SERVER, _zeros(self._sendable(task)), 0.0), {}
+                return Update(SERVER, _zeros(self.sendable(task)), 0.0), {}
             self.check_enough(task, mean.count)
             raise
         self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
         if not self._may_be_few(cohort):
             self.check_enough(task, mean.count)
         figures = {} if self._hides_updates else aggregate.metrics
-        aggregate = self._as_the_round_has_it(replace(aggregate, metrics=figures), task, mean.count)
+        aggregate = self.as_the_round_has_it(replace(aggregate, metrics=figures), task, mean.count)
         return aggregate, self.job.derive({**mean.result(), **figures})
 
-    def _as_the_round_has_it(self, aggregate: Update, task: Task, count: int) -> Update:
+    def as_the_round_has_it(self, aggregate: Update, task: Task, count: int) -> Update:
         """An aggregate with what follows from the round: arrays that nobody sent, or the number of its updates."""
         if not self.job.server_chain.transforms:
             return replace(aggregate, metrics={**aggregate.metrics, NUM_UPDATES: float(count)})
-        expected = self._sendable(task)  # a name that nobody sent is noised, too: which were sent must not show
+        expected = self.sendable(task)  # a name that nobody sent is noised, too: which were sent must not show
         whole = _zeros(expected) | aggregate.delta
         return replace(aggregate, delta={name: whole[name] for name in expected})
-
-    def _gather_securely(self, secure: SecureSum, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
-        """The same by a secure sum: nobody here sees a single update.
-
-        Raises:
-            RoundError: If too few sites stay.
-        """
-        started, before = time.perf_counter(), sum(self.seconds.values())
-        aggregator = self.job.aggregator
-        expected = like(self._sendable(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
-        total, said = summed(self, secure, task, cohort, expected)
-        self.seconds["aggregate"] += time.perf_counter() - started - (sum(self.seconds.values()) - before)
-        self.check_enough(task, len(total.sites))
-        aggregate = aggregator.of_mean(total.mean)
-        if aggregate is None:
-            raise CompositionError(f"{type(aggregator).__name__} must be one of sums under a secure sum.")
-        figures = {} if self.job.mechanisms else total.figures
-        for text in secure.remarks(figures):
-            self.emit(Notice(text=text, level="warning"))
-        return self._as_the_round_has_it(aggregate, task, len(total.sites)), self.job.derive({**said, **figures})
 
     def lowered(self, task: Task, memory: StateTree = None, *, remembers: bool = False) -> tuple[Task, StateTree]:
         """The task as the federation's messages carry it, and what that leaves out; see ``server.messages``."""
@@ -237,7 +215,7 @@ class Run:
         aggregate, self._aggregator = aggregated(self.job.aggregator, updates, task, self._aggregator)
         return aggregate
 
-    def _sendable(self, task: Task) -> Parameters:
+    def sendable(self, task: Task) -> Parameters:
         """What updates may hold, as arrays like it."""
         return self.job.program.chain.sends(dict(task.parameters))
 
@@ -283,7 +261,7 @@ class Run:
     def usable(self, task: Task, cohort: Sequence[str]) -> Iterator[Update]:
         """The usable updates in site order; every planned site is recorded, whatever became of it."""
         self.announce_task(task, cohort)
-        expected = self._sendable(task)
+        expected = self.sendable(task)
         federation = self.job.federation
         enough = federation.wait_for if task.name != EVALUATE else 0
         replies = self.engine.exchange(task, cohort, federation.round_timeout or None, enough=enough)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sfl.core import arrays, check
-from sfl.core.aggregator import Aggregator
+from sfl.core.aggregator import Aggregator, Sum, WeightedMean
 from sfl.core.algorithm import Algorithm
+from sfl.core.events import Notice
 from sfl.core.mechanism import Mechanism
 from sfl.core.secure import SecureSum, Step, Total
 from sfl.core.task import FIT, SERVER, Reply, Status, Task, Update
@@ -22,7 +23,28 @@ if TYPE_CHECKING:
     from sfl.server.run import Run
     from sfl.server.workflow import Workflow
 
-__all__ = ["check_secure", "check_whole_numbers", "like", "summed"]
+__all__ = ["check_secure", "check_whole_numbers", "gathered"]
+
+
+def gathered(run: Run, secure: SecureSum, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
+    """One round's aggregate and figures: what ``Run.gather`` gives, of a sum that nobody here can take apart.
+
+    Raises:
+        RoundError: If too few sites stay.
+    """
+    started, before = time.perf_counter(), sum(run.seconds.values())
+    aggregator = run.job.aggregator
+    expected = like(run.sendable(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
+    total, said = summed(run, secure, task, cohort, expected)
+    run.seconds["aggregate"] += time.perf_counter() - started - (sum(run.seconds.values()) - before)
+    run.check_enough(task, len(total.sites))
+    aggregate = aggregator.of_mean(total.mean)
+    if aggregate is None:
+        raise CompositionError(f"{type(aggregator).__name__} must be one of sums under a secure sum.")
+    figures = {} if run.job.mechanisms else total.figures
+    for text in secure.remarks(figures):
+        run.emit(Notice(text=text, level="warning"))
+    return run.as_the_round_has_it(aggregate, task, len(total.sites)), run.job.derive({**said, **figures})
 
 
 def summed(

@@ -12,7 +12,7 @@ from sfl.core.secure import Keeper, SecureSum, Summing
 from sfl.core.task import Task
 from sfl.errors import CompositionError, ConfigError, MissingExtraError
 from sfl.privacy.secagg.fixed import CLIPPED, FixedPoint
-from sfl.privacy.secagg.graph import Degree, check_threshold
+from sfl.privacy.secagg.graph import check_threshold
 from sfl.privacy.secagg.terms import Terms
 from sfl.types import Metrics, Parameters, StateTree
 
@@ -164,11 +164,6 @@ class SecAgg(SecureSum):
         return [
             f"secure aggregation: the server never saw a site's update, only sums of at least {fewest} sites",
             f"each site masks with {degree.neighbours} others, and {degree.threshold} of them give a lost one's secret "
-            f"back; it holds while fewer than {_share(degree)} of them pool what they know with the server",
+            f"back; it holds while fewer than {-(-cohort // 3)} of {cohort} sites pool what they know with the server",
             f"it hides updates in their sum, and is no differential privacy; {fixed.bits} bits a number, {moved}",
         ]
-
-
-def _share(degree: Degree) -> str:
-    """How many neighbours may pool what they know with the server: fewer than would give it both secrets of a site."""
-    return str(max(1, 2 * degree.threshold - degree.neighbours))
