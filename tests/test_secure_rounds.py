@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 
 import algorithm_clients
 import clients
+from sfl.client.site import Site, SiteHome, SiteProgram
 from sfl.core.events import Notice, RoundFinished, SiteFinished
 from sfl.core.mechanism import DpEvent
-from sfl.core.task import FIT, Reply, Status, Update
+from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.attacker import Attack
+from sfl.engine.kit import identity_of
 from sfl.engine.local import LocalEngine
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError
@@ -168,6 +171,15 @@ def test_answers_that_are_none_are_rejected_by_name() -> None:
     assert said["site-1"].reason == "site-1: a used reply must hold the site's own answer, got that of 'site-2'."
     assert "must be finite" in said["site-2"].reason
     assert said["site-3"].reason == "site-3: keys of a site must be whole, got 3 bytes."
+
+
+def test_a_site_without_a_kit_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("_SFL_SITE_KIT", raising=False)
+    program = SiteProgram(client=clients.Base, secure=SecAgg())
+    site = Site(program, "site-1", 0, home=SiteHome(identity=partial(identity_of, required=True)))
+    reply = site.run(Task("secagg-keys", 1, {}, {"secagg_run": "r"}))
+    assert reply.status is Status.FAILED
+    assert reply.reason.startswith("site-1: a site of a deployment must have a kit, with which other sites know it")
 
 
 def test_too_few_that_stay_end_the_run_in_one_line() -> None:

@@ -23,7 +23,7 @@ from sfl.core.secure import SecureSite, SecureSum
 from sfl.core.task import END, EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.core.terms import LocalTerms
 from sfl.core.transform import Chain, flat
-from sfl.errors import BudgetExhausted, ConfigError, LedgerError, ProtocolError, UpdateError
+from sfl.errors import BudgetExhausted, ConfigError, LedgerError, MissingExtraError, ProtocolError, UpdateError
 from sfl.io.site_store import SecretStore, SiteStore
 from sfl.privacy.budget import PrivacyBudget
 from sfl.types import Config, Metrics, Parameters, StateTree
@@ -189,10 +189,18 @@ class Site:
         return self._other(client, task)
 
     def _secure_half(self) -> SecureSite | None:
+        """The site's half of the secure sum, if there is one.
+
+        Raises:
+            ProtocolError: If the site lacks what it takes, which follows from no data and may be told.
+        """
         program = self._program
         if self._secure is None and program.secure is not None:
-            identity = self._home.identity(self.name) if self._home.identity is not None else None
-            self._secure = program.secure.site(self.name, SecretStore(self._home.folder), identity)
+            try:
+                identity = self._home.identity(self.name) if self._home.identity is not None else None
+                self._secure = program.secure.site(self.name, SecretStore(self._home.folder), identity)
+            except (ConfigError, MissingExtraError) as error:
+                raise ProtocolError(f"{self.name}: {error}".replace(f"{self.name}: " * 2, f"{self.name}: ")) from error
         return self._secure
 
     def _may_send(self, task: Task) -> Parameters:
