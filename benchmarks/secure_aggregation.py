@@ -155,7 +155,7 @@ def main() -> None:
             plain = statistics.median(plain_round(n, size) for _ in range(args.times))
             rows.append(
                 {
-                    "sites": n, "lost": lost, "neighbours": SecAgg().terms.degree(n).neighbours,
+                    "sites": n, "lost": lost, "neighbours": SecAgg().degree(n).neighbours,
                     "CPU-s a site": cost.site, "CPU-s server": cost.server, "CPU-s server, plain": plain,
                     "bytes up a site": cost.up // n, "bytes down a site": cost.down // n, "plain bytes up": 4 * size,
                     "largest error": cost.largest,

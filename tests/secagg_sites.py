@@ -93,7 +93,7 @@ class Federation:
 
     def plain(self, total: Total) -> Parameters:
         """The same mean without masks: words added up as they are."""
-        fixed = self.secure.terms.fixed.of(self.present)
+        fixed = self.secure.fixed.of(self.present)
         words = fixed.zeros(self.expected)
         for name in total.sites:
             words.add(fixed.encoded(self.updates[name], self.weights[name], self.expected))

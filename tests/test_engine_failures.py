@@ -44,7 +44,7 @@ def troubled(num_clients: int = 6) -> FedAvgRecipe:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", [name for name in ENVS if name not in ("flower", "flower-in-nvflare")])
+@pytest.mark.parametrize("backend", ENVS)
 def test_whatever_a_site_does_wrong_is_said_in_its_own_words_and_the_others_go_on(backend: str, tmp_path: Path) -> None:
     env = ENVS[backend](num_threads=6)  # one that never answers keeps its worker
     result = troubled().execute(env, out=tmp_path / "run")

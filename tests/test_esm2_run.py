@@ -186,8 +186,10 @@ def test_flags_that_a_resume_refuses_are_not_written_down(
 def test_a_device_that_torch_cannot_use_is_one_clear_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if torch.backends.mps.is_available():
-        pytest.skip("this machine has it")
+    def refused(self: torch.nn.Module, device: str) -> torch.nn.Module:
+        raise RuntimeError(f"PyTorch is not linked with support for {device} devices")
+
+    monkeypatch.setattr(torch.nn.Module, "to", refused)  # whatever this machine has
     assert run(*TINY, "--device", "mps", "--workers", "1", "--out", str(tmp_path / "run")) == 2
     assert "device must be able to hold the model, got 'mps'" in capsys.readouterr().err
 

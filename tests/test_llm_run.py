@@ -212,8 +212,10 @@ def test_what_does_not_fit_is_refused_before_the_run(tiny: Path, letters: Path) 
         federated(tiny, letters, exact, privacy=PrivacyConfig(dp=True))
     with pytest.raises(ConfigError, match="lora_ranks must be left out under dpsgd"):
         federated(tiny, letters, {"lora_ranks": "8,4"}, privacy=PrivacyConfig(dpsgd=True))
-    with pytest.raises(CompositionError, match="scaffold"):
+    with pytest.raises(CompositionError, match="lora_aggregation=exact must come with fedavg or fedprox"):
         federated(tiny, letters, exact, algorithm=AlgorithmConfig(algorithm="scaffold"))
+    with pytest.raises(CompositionError, match="lora_aggregation=exact must come without error feedback"):
+        federated(tiny, letters, exact, federation={"message_dtype": "int8"})
 
 
 def test_adapters_alone_travel_and_the_result_loads_and_merges(

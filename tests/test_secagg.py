@@ -205,9 +205,9 @@ def test_rounds_that_cannot_be_summed_are_refused(secure: SecAgg, cohort: int, w
 
 
 def test_with_fewer_sites_than_planned_the_threshold_follows() -> None:
-    terms = SecAgg(shares=10, threshold=9).terms
-    assert (terms.degree(11).threshold, terms.degree(5).neighbours, terms.degree(5).threshold) == (9, 4, 3)
-    assert SecAgg(threshold=8).terms.degree(10).threshold == 8
+    secure = SecAgg(shares=10, threshold=9)
+    assert (secure.degree(11).threshold, secure.degree(5).neighbours, secure.degree(5).threshold) == (9, 4, 3)
+    assert SecAgg(threshold=8).degree(10).threshold == 8
 
 
 # Fixed point
@@ -733,7 +733,7 @@ def test_masked_words_say_nothing_of_an_update() -> None:
         for masked in federation.masked.values():
             assert chi_square(masked["words"].tobytes()) < 255 + 6 * 22.6
         views.append(federation.masked["site-001"]["words"].view("<u4").astype(np.float64))
-    words = SecAgg(clip=1.0).terms.fixed.of(n).encoded({"w": np.full(size, 0.5)}, 1.0, {"w": np.zeros(size)})
+    words = SecAgg(clip=1.0).fixed.of(n).encoded({"w": np.full(size, 0.5)}, 1.0, {"w": np.zeros(size)})
     assert chi_square(words.narrow.tobytes()) > 1e5  # the test would see a word that is not masked
     assert abs(views[0].mean() - views[1].mean()) < 6 * 2**32 / math.sqrt(6 * size)
 
@@ -751,7 +751,7 @@ def test_without_the_masks_of_its_neighbours_an_update_would_show() -> None:
 
     federation.tamper = spy
     federation.run()
-    fixed = federation.secure.terms.fixed.of(5)
+    fixed = federation.secure.fixed.of(5)
     words = fixed.unpacked({name: value.copy() for name, value in federation.masked["site-001"].items()})
     narrow, wide = words.narrow.copy(), words.wide.copy()
     add_mask((narrow, wide), seeds["site-001"], subtract=True)
@@ -763,7 +763,7 @@ def test_every_pair_of_sites_hides_the_other() -> None:
     """No two sites' words together are the sum of their updates: only all of them are."""
     federation = Federation(SecAgg(clip=1.0), 5, size=5_000)
     federation.run()
-    fixed = federation.secure.terms.fixed.of(5)
+    fixed = federation.secure.fixed.of(5)
     for one, other in combinations(federation.names, 2):
         words = fixed.zeros(federation.expected)
         for name in (one, other):
@@ -846,7 +846,7 @@ def test_a_kit_that_is_none_is_said(tmp_path: Path) -> None:
 def test_a_site_of_a_deployment_must_have_a_kit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("_SFL_SITE_KIT", raising=False)
     assert identity_of("one", required=False) is None
-    with pytest.raises(ConfigError, match="one: a site of a deployment must have a kit"):
+    with pytest.raises(ConfigError, match="a site of a deployment must have a kit"):
         identity_of("one", required=True)
     monkeypatch.setenv("_SFL_SITE_KIT", "")
     use_kit(tmp_path)  # no kit: nothing changes

@@ -94,6 +94,20 @@ class BudgetExhausted(LedgerError):  # noqa: N818 - a run that ends at its budge
     """The next exchange would pass the privacy budget; the run ends normally before it."""
 
 
+def check_rules(rules: Iterable[tuple[str, object, bool, str]]) -> None:
+    """Refuse the first option whose rule does not hold.
+
+    Args:
+        rules: Name, value, whether it holds, and the rule in words.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name, value, holds, rule in rules:
+        if not holds:
+            raise ConfigError(f"{name} must be {rule}, got {value!r}.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for a mistyped name: the nearest known one, or all of them.
 

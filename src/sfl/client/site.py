@@ -56,6 +56,10 @@ class SiteProgram:
     rule: LocalRule = field(default_factory=LocalRule)
     secure: SecureSum | None = None
 
+    def sends(self, task: Task) -> Parameters:
+        """What an update that answers a task to train may hold, as arrays like it."""
+        return self.chain.sends(dict(task.parameters))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteHome:
@@ -178,7 +182,7 @@ class Site:
         client = self._ready(task)
         if task.name == FIT:
             update = self.fit(client, task)
-            return update if secure is None else secure.closed(update, came, self._may_send(task))
+            return update if secure is None else secure.closed(update, came, self._program.sends(task))
         if task.name == EVALUATE:
             return self._evaluate(client, task)
         if task.name in self._program.rule.tasks:
@@ -200,12 +204,8 @@ class Site:
                 identity = self._home.identity(self.name) if self._home.identity is not None else None
                 self._secure = program.secure.site(self.name, SecretStore(self._home.folder), identity)
             except (ConfigError, MissingExtraError) as error:
-                raise ProtocolError(f"{self.name}: {error}".replace(f"{self.name}: " * 2, f"{self.name}: ")) from error
+                raise ProtocolError(f"{self.name}: {error}") from error
         return self._secure
-
-    def _may_send(self, task: Task) -> Parameters:
-        """What an update that answers the task may hold."""
-        return self._program.chain.sends(dict(task.parameters))
 
     def _other(self, client: BaseFederatedClient, task: Task) -> Update:
         """A task of a workflow's own. Its answer is no update, so no protection fits it."""

@@ -31,11 +31,11 @@ class Aggregator(ABC):
     needs: ClassVar[Needs] = "individual"
 
     @property
-    def rebuilds(self) -> bool:
-        """Whether an aggregate describes a new model by other numbers: then what is remembered of the old ones, on the
-        server or on a site, means nothing.
+    def rebuilds(self) -> str:
+        """What was asked for, if an aggregate describes a new model by other numbers, so that what is remembered of the
+        old ones, on the server or on a site, means nothing. Empty if it does not.
         """
-        return False
+        return ""
 
     def of_mean(self, mean: Update) -> Update | None:  # noqa: ARG002
         """The same aggregate from the weighted mean of updates alone, whose weight is the sum of theirs.

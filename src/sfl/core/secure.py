@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sfl.core.task import Task, Update
 from sfl.errors import CompositionError
@@ -104,13 +104,7 @@ class SecureSite(ABC):
 
 
 class SecureSum(ABC):
-    """A way to keep single updates from the server. A frozen dataclass: it travels with the job.
-
-    Attributes:
-        tasks: Names of its steps that need no training.
-    """
-
-    tasks: ClassVar[frozenset[str]] = frozenset()
+    """A way to keep single updates from the server. A frozen dataclass: it travels with the job."""
 
     @property
     def heaviest(self) -> float:

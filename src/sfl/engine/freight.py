@@ -54,10 +54,9 @@ class _Transfer:
     todo: deque[tuple[int, int]]
     source: Source | None = None
     target: Target | None = None
-    under_way: dict[Key, tuple[int, int]] = field(default_factory=dict[Key, tuple[int, int]])
+    under_way: dict[Key, tuple[int, int, float]] = field(default_factory=dict[Key, tuple[int, int, float]])
     done: int = 0
     ahead: int = _AHEAD
-    sent: dict[Key, float] = field(default_factory=dict[Key, float])
 
 
 class Freight:
@@ -183,8 +182,8 @@ class Freight:
         transfer = self._by_key.pop(key, None)
         if transfer is None:
             return None
-        start, stop = transfer.under_way.pop(key)
-        if time.monotonic() - transfer.sent.pop(key) > _LONG:
+        start, stop, sent = transfer.under_way.pop(key)
+        if time.monotonic() - sent > _LONG:
             transfer.ahead = min(2 * transfer.ahead, _MOST_AHEAD)
         try:
             arrays = _accepted(answer, transfer, start)
@@ -219,8 +218,7 @@ class Freight:
             arrays: Parameters = {} if transfer.source is None else transfer.source.read(start, stop)
             key = self._post(transfer.site, json.dumps({**said, **what}), arrays)
             self._by_key[key] = transfer
-            transfer.under_way[key] = (start, stop)
-            transfer.sent[key] = time.monotonic()
+            transfer.under_way[key] = (start, stop, time.monotonic())
 
     def _ended(self, transfer: _Transfer) -> Ready | None:
         if transfer.target is None:

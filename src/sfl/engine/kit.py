@@ -33,7 +33,7 @@ def identity_of(site: str, *, required: bool) -> object:
     if folder is None:
         if required:
             raise ConfigError(
-                f"{site}: a site of a deployment must have a kit, with which other sites know it, got none. Start its "
+                "a site of a deployment must have a kit, with which other sites know it, got none. Start its "
                 "node with the folder of client.crt, client.key and rootCA.pem: --node-config 'kit=\"FOLDER\"'."
             )
         return None
@@ -43,5 +43,5 @@ def identity_of(site: str, *, required: bool) -> object:
         raise MissingExtraError("cryptography", "privacy") from None
     identity = CertifiedIdentity.of_kit(Path(folder))
     if identity.name != site:
-        raise ConfigError(f"{site}: its kit must be its own, got that of {identity.name!r}. Give it the right folder.")
+        raise ConfigError(f"a site's kit must be its own, got that of {identity.name!r} for {site}. Give its folder.")
     return identity

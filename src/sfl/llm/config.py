@@ -134,15 +134,6 @@ class LLMRunConfig(RunConfig):
                 f"lora_aggregation must be mean or freeze-a beside aggregation={self.aggregation.aggregation}, got "
                 "exact: both say how updates become one. Leave one out."
             )
-        feeds = self.privacy.compress_error_feedback or (
-            self.federation.message_dtype != "float32" and self.federation.message_error_feedback
-        )
-        if self.client.lora_aggregation == "exact" and feeds:
-            raise ConfigError(
-                "lora_aggregation must be mean or freeze-a under error feedback, got exact, which gives the factors "
-                "new directions in each round: what was left out of one is of no use in the next. Use "
-                "--no-message-error-feedback, and leave --compress-error-feedback out."
-            )
         if self.privacy.dpsgd and self.client.gradient_accumulation > 1:
             raise ConfigError(
                 f"gradient_accumulation must be 1 under dpsgd, got {self.client.gradient_accumulation}: a step takes "

@@ -29,5 +29,5 @@ def llm_recipe(config: LLMRunConfig, model: Pretrained, *, device: str = "cpu") 
         workload,
         LLMClient,
         device=device,
-        aggregator=lambda chosen: lora_aggregator(config.client.lora_aggregation, chosen, config.algorithm),
+        aggregator=lambda chosen: lora_aggregator(config.client.lora_aggregation, chosen),
     )

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, check_rules
 from sfl.privacy.example_config import ExampleConfig
 from sfl.privacy.filters.config import FilterConfig
 from sfl.privacy.secure_config import SecureConfig
@@ -87,9 +87,7 @@ class PrivacyConfig(FilterConfig, ExampleConfig, SecureConfig):
                 "at most 60 letters, digits, dots, dashes and underscores",
             ),
         )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value!r}.")
+        check_rules(rules)
         for name in ("dp_target_epsilon", "dp_max_epsilon", "dp_count_noise"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:

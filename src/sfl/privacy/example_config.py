@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, check_rules
 
 __all__ = ["ExampleConfig"]
 
@@ -48,9 +48,7 @@ class ExampleConfig:
                 "at least 1",
             ),
         )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value!r}.")
+        check_rules(rules)
         for name in ("dpsgd_target_epsilon", "dpsgd_max_epsilon"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:

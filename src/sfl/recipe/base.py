@@ -203,18 +203,20 @@ class Recipe(ABC):
         Raises:
             CompositionError: If the server, a site or a message does.
         """
-        name = type(self.aggregator).__name__
+        asked = self.aggregator.rebuilds
         averages = type(algorithm) is FedAvg and algorithm.server_learning_rate == 1.0
         if not averages or type(self.rule()) is not LocalRule:
             raise CompositionError(
-                f"{name} must come with FedAvg or FedProx at a server learning rate of 1, got {type(self).__name__}: "
-                "each round describes the model by other numbers, so that what is remembered of them means nothing."
+                f"{asked} must come with fedavg or fedprox at a server learning rate of 1, got {type(self).__name__}: "
+                "each round describes the model by other numbers, so that what is remembered of them means nothing. "
+                "Use another aggregation."
             )
         coded = self.federation.message_dtype != FLOAT32 and self.federation.message_error_feedback
         if coded or any(isinstance(transform, ErrorFeedback) for transform in flat(self.transforms)):
             raise CompositionError(
-                f"{name} must come without error feedback: what rounding or a filter left out is of numbers that the "
-                "next round gives anew. Set message_error_feedback=False, and leave ErrorFeedback out."
+                f"{asked} must come without error feedback, got some: what rounding or a filter left out is of numbers "
+                "that the next round gives anew. Set message_error_feedback to false, and leave "
+                "compress_error_feedback out."
             )
 
     def _secure_sum(self) -> SecureSum | None:

@@ -9,13 +9,11 @@ from typing import ClassVar, Literal, TypeAlias, final
 
 import numpy as np
 
-from sfl.client.scaffold import CONTROL
 from sfl.core.aggregator import Aggregator, Needs, WeightedMean, sum_dtype
 from sfl.core.check import check_finite
 from sfl.core.lora import Pair, pairs, rows, unrolled
 from sfl.core.task import SERVER, Task, Update
 from sfl.errors import CompositionError, ConfigError, RoundError
-from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.norms import NormBound
 from sfl.types import Array, Metrics, Parameters, StateTree
 
@@ -66,19 +64,16 @@ class LoraProductMean(Aggregator):
     needs: ClassVar[Needs] = "individual"
 
     @property
-    def rebuilds(self) -> bool:
+    def rebuilds(self) -> str:
         """Each round describes the product by other factors."""
-        return True
+        return "lora_aggregation=exact"
 
     def init(self, parameters: Parameters) -> StateTree:
         """Nothing; a look at the model.
 
         Raises:
             ConfigError: If it has no pair, or factors of one pair are of different ranks.
-            CompositionError: If control variates (SCAFFOLD) travel beside it.
         """
-        if any(name.startswith(CONTROL) for name in parameters):
-            raise CompositionError(_out_of_place("scaffold"))
         if not pairs(parameters):
             names = list(parameters)[:3]
             raise ConfigError(f"a model must have pairs lora_A and lora_B, got {names}. Aggregate it by the mean.")
@@ -116,46 +111,31 @@ class LoraProductMean(Aggregator):
         return Update(SERVER, {name: delta[name] for name in names}, mean.weight, _figures(squares)), state
 
 
-def lora_aggregator(
-    kind: LoraAggregation, chosen: Aggregator | None = None, algorithm: AlgorithmConfig | None = None
-) -> Aggregator:
+def lora_aggregator(kind: LoraAggregation, chosen: Aggregator | None = None) -> Aggregator:
     """The aggregator of a LoRA run.
 
     Args:
         kind: ``mean`` averages A and B by themselves, ``exact`` is ``LoraProductMean``. ``freeze-a`` averages, too:
             what makes it exact is ``FreezeLayers(frames(parameters))`` among the transforms.
         chosen: What ``build_aggregator`` made of the other options; by default the weighted mean.
-        algorithm: The options of the algorithm; by default federated averaging.
 
     Raises:
         ConfigError: If there is no such kind.
-        CompositionError: If ``exact`` meets another rule than the mean, or an algorithm that remembers factors, or
-            moves on by them, from round to round.
+        CompositionError: If ``exact`` meets another rule than the mean.
     """
     chosen = WeightedMean() if chosen is None else chosen
     if kind not in ("mean", "exact", "freeze-a"):
         raise ConfigError(f"lora_aggregation must be mean, exact or freeze-a, got {kind!r}.")
     if kind != "exact":
         return chosen
-    options = AlgorithmConfig() if algorithm is None else algorithm
-    if options.algorithm not in ("fedavg", "fedprox") or options.server_learning_rate not in (None, 1.0):
-        rate = "" if options.server_learning_rate is None else f", learning rate {options.server_learning_rate:g}"
-        raise CompositionError(_out_of_place(f"{options.algorithm}{rate}"))
     if isinstance(chosen, NormBound):
-        return replace(chosen, rule=lora_aggregator(kind, chosen.rule, options))
+        return replace(chosen, rule=lora_aggregator(kind, chosen.rule))
     if not isinstance(chosen, WeightedMean):
         raise CompositionError(
             f"lora_aggregation=exact must come with aggregation=mean, got {type(chosen).__name__}: both say what "
             "becomes of the sites' factors. Choose one."
         )
     return LoraProductMean()
-
-
-def _out_of_place(got: str) -> str:
-    return (
-        f"lora_aggregation=exact must come with fedavg or fedprox at a server learning rate of 1, got {got}: each "
-        "round describes the product by other factors, so that what is remembered of them means nothing. Use freeze-a."
-    )
 
 
 def _pair_changed(pair: Pair, updates: Sequence[Update], sent: Parameters) -> tuple[Parameters, Array]:

@@ -184,7 +184,7 @@ class Run:
             aggregate = self.aggregate(updates, task)
         except RoundError:
             if self._sums_nothing(cohort, mean.count):
-                return Update(SERVER, _zeros(self.sendable(task)), 0.0), {}
+                return Update(SERVER, _zeros(self.job.program.sends(task)), 0.0), {}
             self.check_enough(task, mean.count)
             raise
         self.seconds["aggregate"] += time.perf_counter() - started - (self.seconds[task.name] - before)
@@ -198,7 +198,7 @@ class Run:
         """An aggregate with what follows from the round: arrays that nobody sent, or the number of its updates."""
         if not self.job.server_chain.transforms:
             return replace(aggregate, metrics={**aggregate.metrics, NUM_UPDATES: float(count)})
-        expected = self.sendable(task)  # a name that nobody sent is noised, too: which were sent must not show
+        expected = self.job.program.sends(task)  # a name that nobody sent is noised, too: which were sent must not show
         whole = _zeros(expected) | aggregate.delta
         return replace(aggregate, delta={name: whole[name] for name in expected})
 
@@ -214,10 +214,6 @@ class Run:
         """The job's aggregate of updates that answer ``task``; what the aggregator remembers goes into the state."""
         aggregate, self._aggregator = aggregated(self.job.aggregator, updates, task, self._aggregator)
         return aggregate
-
-    def sendable(self, task: Task) -> Parameters:
-        """What updates may hold, as arrays like it."""
-        return self.job.program.chain.sends(dict(task.parameters))
 
     def _may_be_few(self, cohort: Sequence[str]) -> bool:
         """Whether fewer updates than the minimum make a round: few were drawn, or, under a mechanism, any sample was
@@ -261,7 +257,7 @@ class Run:
     def usable(self, task: Task, cohort: Sequence[str]) -> Iterator[Update]:
         """The usable updates in site order; every planned site is recorded, whatever became of it."""
         self.announce_task(task, cohort)
-        expected = self.sendable(task)
+        expected = self.job.program.sends(task)
         federation = self.job.federation
         enough = federation.wait_for if task.name != EVALUATE else 0
         replies = self.engine.exchange(task, cohort, federation.round_timeout or None, enough=enough)

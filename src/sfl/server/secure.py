@@ -34,7 +34,7 @@ def gathered(run: Run, secure: SecureSum, task: Task, cohort: Sequence[str]) -> 
     """
     started, before = time.perf_counter(), sum(run.seconds.values())
     aggregator = run.job.aggregator
-    expected = like(run.sendable(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
+    expected = like(run.job.program.sends(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
     total, said = summed(run, secure, task, cohort, expected)
     run.seconds["aggregate"] += time.perf_counter() - started - (sum(run.seconds.values()) - before)
     run.check_enough(task, len(total.sites))

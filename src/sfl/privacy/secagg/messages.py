@@ -138,8 +138,7 @@ class Bundle:
     @staticmethod
     def signed_part(site: str, run: str, round: int, keys: bytes) -> bytes:
         """What a signature is over."""
-        about = f"sfl secagg keys\n{run}\n{round}\n{site}\n".encode()
-        return hashlib.sha256(about + keys).digest() + about + keys
+        return f"sfl secagg keys\n{run}\n{round}\n{site}\n".encode() + keys
 
     @property
     def keys(self) -> bytes:

@@ -6,14 +6,13 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from sfl.core.secure import Keeper, SecureSum, Summing
 from sfl.core.task import Task
-from sfl.errors import CompositionError, ConfigError, MissingExtraError
+from sfl.errors import CompositionError, ConfigError, MissingExtraError, check_rules
 from sfl.privacy.secagg.fixed import CLIPPED, FixedPoint
-from sfl.privacy.secagg.graph import check_threshold
-from sfl.privacy.secagg.terms import Terms
+from sfl.privacy.secagg.graph import Degree, check_threshold, degree, least_threshold
 from sfl.types import Metrics, Parameters, StateTree
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ _BITS = (16, 24, 32, 40, 48)
 @dataclass(frozen=True, kw_only=True)
 class SecAgg(SecureSum):
     """SecAgg+ (Bell et al., CCS 2020): pairwise masks over a random graph, which cancel in the sum.
+
+    Every site knows it from its own copy of the job, and takes none of it from a server.
 
     Attributes:
         bits: Of a masked word: 16, 24, 32, 40 or 48. More sites and finer rounding need more.
@@ -54,7 +55,6 @@ class SecAgg(SecureSum):
     dropped: float = 0.1
     least: int = 2
     grid: float = 0.0
-    tasks: ClassVar[frozenset[str]] = frozenset({"secagg-keys", "secagg-shares", "secagg-agree", "secagg-unmask"})
 
     def __post_init__(self) -> None:
         rules = (
@@ -70,9 +70,7 @@ class SecAgg(SecureSum):
             ("corrupt", self.corrupt, 0.0 <= self.corrupt < 1 / 3, "at least 0 and below 1/3"),
             ("dropped", self.dropped, 0.0 <= self.dropped < 1 / 3, "at least 0 and below 1/3"),
         )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value}.")
+        check_rules(rules)
         if self.shares:
             check_threshold(self.shares, self.threshold or self.shares)
 
@@ -82,17 +80,33 @@ class SecAgg(SecureSum):
         return float(self.max_weight)
 
     @property
-    def terms(self) -> Terms:
-        """As both halves read them."""
-        fixed = FixedPoint(self.bits, self.clip, 1, float(self.max_weight), self.grid)
-        return Terms(
-            fixed=fixed,
-            shares=self.shares,
-            threshold=self.threshold,
-            corrupt=self.corrupt,
-            dropped=self.dropped,
-            least=self.least,
-        )
+    def fixed(self) -> FixedPoint:
+        """How updates become words; its ``count`` is set by each round."""
+        return FixedPoint(self.bits, self.clip, 1, float(self.max_weight), self.grid)
+
+    def needed(self, n: int) -> int:
+        """Of n sites, how many must say that a sum is of the same sites: two such groups have an honest site in common,
+        while fewer than a third pool what they know with the server.
+        """
+        return max(self.least, -(-2 * n // 3))
+
+    def degree(self, n: int) -> Degree:
+        """Neighbours and threshold in a round of n sites: those that were asked for, as far as there are so many.
+
+        Raises:
+            CompositionError: If the threshold would not do.
+        """
+        if not self.shares:
+            found = degree(n, self.corrupt, self.dropped)
+            if not self.threshold:
+                return found
+            check_threshold(found.neighbours, self.threshold)
+            return Degree(found.neighbours, self.threshold)
+        k = self.shares if self.shares < n - 1 else n - 1
+        given = self.threshold if k == self.shares else 0  # with fewer sites than planned, the threshold follows
+        threshold = given or least_threshold(k)
+        check_threshold(k, threshold)
+        return Degree(k, threshold)
 
     def require(self, cohort: int) -> None:
         """See ``SecureSum.require``."""
@@ -105,8 +119,8 @@ class SecAgg(SecureSum):
                 f"secure aggregation must have rounds of at least 2 sites, got {cohort}: the sum of one hides nothing. "
                 "Raise num_clients or fraction_fit."
             )
-        self.terms.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
-        self.terms.degree(cohort)
+        self.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
+        self.degree(cohort)
 
     def among(self, least: int) -> SecAgg:
         """See ``SecureSum.among``."""
@@ -138,7 +152,7 @@ class SecAgg(SecureSum):
             raise ConfigError(
                 "a run must go on with secure aggregation as it was begun, got one that was begun without."
             )
-        return summing(task, cohort, expected, self.terms, str(memory["run"]))
+        return summing(task, cohort, expected, self, str(memory["run"]))
 
     def site(self, name: str, keeper: Keeper, identity: Identity | None = None) -> SecAggSite:
         """See ``SecureSum.site``."""
@@ -146,7 +160,7 @@ class SecAgg(SecureSum):
         from sfl.privacy.secagg.memory import Memory
         from sfl.privacy.secagg.site import SecAggSite
 
-        return SecAggSite(name, self.terms, identity or RehearsedIdentity(name), Memory(keeper))
+        return SecAggSite(name, self, identity or RehearsedIdentity(name), Memory(keeper))
 
     def remarks(self, figures: Metrics) -> list[str]:
         """See ``SecureSum.remarks``."""
@@ -157,10 +171,9 @@ class SecAgg(SecureSum):
 
     def described(self, cohort: int) -> list[str]:
         """See ``SecureSum.described``."""
-        terms = self.terms
-        degree, fixed = terms.degree(cohort), terms.fixed.of(cohort)
+        degree, fixed = self.degree(cohort), self.fixed.of(cohort)
         moved = "added up exactly" if fixed.grid else f"rounded: it moves a mean of all by {fixed.error:.2g} at most"
-        fewest = terms.needed(cohort)
+        fewest = self.needed(cohort)
         return [
             f"secure aggregation: the server never saw a site's update, only sums of at least {fewest} sites",
             f"each site masks with {degree.neighbours} others, and {degree.threshold} of them give a lost one's secret "

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,8 +36,10 @@ from sfl.privacy.secagg.messages import (
 from sfl.privacy.secagg.primitives import OVERHEAD, add_mask, public_of
 from sfl.privacy.secagg.shamir import SHARE, recovered
 from sfl.privacy.secagg.site import mask_about, mask_seed, round_seed
-from sfl.privacy.secagg.terms import Terms
 from sfl.types import Config, Parameters
+
+if TYPE_CHECKING:
+    from sfl.privacy.secagg.protocol import SecAgg
 
 __all__ = ["summing"]
 
@@ -64,7 +67,7 @@ class _Round:
         return np.packbits(np.array([name in chosen for name in self.sites], np.uint8)).tobytes().hex()
 
 
-def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Terms, run: str) -> Summing:
+def summing(task: Task, cohort: Sequence[str], expected: Parameters, secure: SecAgg, run: str) -> Summing:
     """One round (Bell et al. 2020, Algorithm 2, with the consistency check of Bonawitz et al. 2017).
 
     Raises:
@@ -72,8 +75,8 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
     """
     this = _Round(run, task.round)
     yield from _keys(this, cohort)
-    yield from _shares(this, terms)
-    fixed = terms.fixed.of(len(this.sites))
+    yield from _shares(this, secure)
+    fixed = secure.fixed.of(len(this.sites))
     total = fixed.zeros(expected)
     this.digest = digest_of(task)
     training = replace(task, config={**task.config, RUN: run, ALIVE: this.marks(this.alive)})
@@ -91,7 +94,7 @@ def summing(task: Task, cohort: Sequence[str], expected: Parameters, terms: Term
         summed.append(update.site)
         del update
     del training
-    needed = terms.needed(len(this.sites))
+    needed = secure.needed(len(this.sites))
     _require_enough(this, summed, "sent a masked update", needed)
     agreed = yield from _agreeing(this, summed)
     _require_enough(this, list(agreed), "agreed on the sum", needed)
@@ -127,9 +130,9 @@ def _bundle(update: Update) -> Bundle:
     return Bundle.of(came)
 
 
-def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
+def _shares(this: _Round, secure: SecAgg) -> Exchanging[None]:
     digests = b"".join(this.bundles[name].digest for name in this.sites)
-    degree = terms.degree(len(this.sites))
+    degree = secure.degree(len(this.sites))
     this.threshold = degree.threshold
     circle = arranged(this.sites, round_seed(this.run, this.number, digests))
     this.around = {name: neighbours(circle, name, degree.neighbours) for name in this.sites}
@@ -144,7 +147,7 @@ def _shares(this: _Round, terms: Terms) -> Exchanging[None]:
     for update in (yield Step(dict.fromkeys(this.sites, request), check)):
         this.sealed[update.site] = arrays.copy(update.delta)
     this.alive = sorted(this.sealed)
-    _require_enough(this, this.alive, "shared their secrets out", terms.needed(len(this.sites)))
+    _require_enough(this, this.alive, "shared their secrets out", secure.needed(len(this.sites)))
 
 
 def _require_enough(this: _Round, staying: Sequence[str], did: str, least: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,8 +34,10 @@ from sfl.privacy.secagg.messages import (
 )
 from sfl.privacy.secagg.primitives import KEY, add_mask, agree, new_key, opened, public_of, sealed
 from sfl.privacy.secagg.shamir import SHARE, shared
-from sfl.privacy.secagg.terms import Terms
 from sfl.types import Array, Parameters
+
+if TYPE_CHECKING:
+    from sfl.privacy.secagg.protocol import SecAgg
 
 __all__ = ["SecAggSite", "mask_about", "mask_seed", "round_seed"]
 
@@ -45,13 +47,13 @@ class SecAggSite(SecureSite):
 
     Args:
         name: Its name.
-        terms: Of its job.
+        secure: As its job says it.
         identity: Who it is.
         memory: What it remembers.
     """
 
-    def __init__(self, name: str, terms: Terms, identity: Identity, memory: Memory) -> None:
-        self._name, self._terms = name, terms
+    def __init__(self, name: str, secure: SecAgg, identity: Identity, memory: Memory) -> None:
+        self._name, self._secure = name, secure
         self._identity, self._memory = identity, memory
 
     def answer(self, task: Task) -> Update:
@@ -96,7 +98,7 @@ class SecAggSite(SecureSite):
             part = Bundle.signed_part(other, run, task.round, bundle.keys)
             self._identity.check(other, bundle.certificate, part, bundle.signature)
         seed = round_seed(run, task.round, b"".join(bundle.digest for bundle in came.values()))
-        degree = self._terms.degree(len(names))
+        degree = self._secure.degree(len(names))
         around = neighbours(arranged(names, seed), self._name, degree.neighbours)
         places = [place_of(around, other) for other in around]
         parts = zip(
@@ -117,8 +119,8 @@ class SecAggSite(SecureSite):
     def _listed(self, task: Task) -> list[str]:
         names = str(task.config.get(SITES, "")).split("\n")
         self._require(
-            self._name in names and sorted(set(names)) == names and len(names) >= self._terms.least,
-            f"a round must be of at least {self._terms.least} sites, each listed once and this one among them",
+            self._name in names and sorted(set(names)) == names and len(names) >= self._secure.least,
+            f"a round must be of at least {self._secure.least} sites, each listed once and this one among them",
         )
         return names
 
@@ -150,7 +152,7 @@ class SecAggSite(SecureSite):
         names = str(kept["sites"]).split("\n")
         alive = _marked(task, names)
         around = [other for other in kept["neighbours"] if other in alive]
-        least = self._terms.degree(len(names)).threshold
+        least = self._secure.degree(len(names)).threshold
         self._require(self._name in alive, "a site that is asked for its update must have shared its secrets out")
         self._require(len(around) >= least, f"at least {least} neighbours must take part, got {len(around)}")
         return around
@@ -160,7 +162,7 @@ class SecAggSite(SecureSite):
         run, round = run_of(task), task.round
         kept = self._memory.secrets(run, round)
         around = self._alive(kept, task)
-        fixed = self._terms.fixed.of(len(str(kept["sites"]).split("\n")))
+        fixed = self._secure.fixed.of(len(str(kept["sites"]).split("\n")))
         weight = min(max(int(np.rint(update.weight)), 1), int(fixed.heaviest))
         check_finite(self._name, update.delta)
         words = fixed.encoded(update.delta, weight, expected)
@@ -181,7 +183,7 @@ class SecAggSite(SecureSite):
         names = str(kept["sites"]).split("\n")
         summed, around = _marked(task, names), str(kept["alive"]).split("\n")
         staying = [other for other in around if other in summed]
-        least, needed = self._terms.degree(len(names)).threshold, self._terms.needed(len(names))
+        least, needed = self._secure.degree(len(names)).threshold, self._secure.needed(len(names))
         self._require(
             len(staying) >= least and self._name in summed,
             f"a sum must be of this site and at least {least} of its neighbours, got {len(staying)}",
@@ -197,7 +199,7 @@ class SecAggSite(SecureSite):
         marks = str(task.config.get(ALIVE))
         self._require(marks == kept["sum"], "shares must be given back for the sum that was agreed on, got another")
         names, around = str(kept["sites"]).split("\n"), str(kept["alive"]).split("\n")
-        summed, needed = _marked(task, names), self._terms.needed(len(names))
+        summed, needed = _marked(task, names), self._secure.needed(len(names))
         part = _agreed(run, task.round, kept["list"], marks)
         signers = [name for name in sorted(summed) if self._has_signed(name, kept, task, part)]
         self._require(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, check_rules
 
 __all__ = ["AggregationConfig", "AttackName", "Rule"]
 
@@ -91,9 +91,7 @@ class AggregationConfig:
             ("max_update_norm", norm, norm is None or 0.0 < norm < math.inf, "positive and finite"),
             ("attackers", self.attackers, self.attackers >= 1, "at least 1"),
         )
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value!r}.")
+        check_rules(rules)
         if self.allow_untrusted_reference and self.aggregation != "foundation-fl":
             raise ConfigError(
                 f"allow_untrusted_reference must come with aggregation=foundation-fl, got {self.aggregation}. "

@@ -88,8 +88,8 @@ class NormBound(Aggregator):
     clip: bool = True
 
     @property
-    def rebuilds(self) -> bool:
-        """Whether the rule does."""
+    def rebuilds(self) -> str:
+        """What the rule does."""
         return self.rule.rebuilds
 
     def __post_init__(self) -> None:
