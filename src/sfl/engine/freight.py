@@ -28,7 +28,6 @@ Post: TypeAlias = Callable[[str, str, Parameters], Key]
 """Sends a text and arrays to a site; by what its answer will be known. A ``ValueError`` says why it cannot."""
 PATIENCE = 600.0
 """Seconds that one piece of a reply may take, where a round has no limit of its own."""
-_TRIMMED = 8  # pieces after which memory of messages is given back: the C library keeps it where it may be of use
 _AHEAD, _MOST_AHEAD = 2, 16  # pieces on their way to or from one site at a time; where answers take long, up to
 _LONG = 1.0  # seconds for an answer to a piece after which twice as many are on their way: memory for pace
 _WIDER = 16  # times what was sent: an update of wider numbers, beside a model that was sent in narrow ones
@@ -76,7 +75,6 @@ class Freight:
         self._most: dict[int, int] = {}  # by ticket, bytes that a reply may hold
         self._listen: Callable[[TransferProgress], object] | None = None
         self._told = 0.0
-        self._carried = 0
 
     def tell(self, listener: Callable[[TransferProgress], object]) -> None:
         """Call this as transfers go on."""
@@ -193,9 +191,6 @@ class Freight:
                     raise ValueError(f"a piece must have {stop - start} bytes, got {piece.size}")
                 transfer.target.write(start, piece)
             transfer.done += stop - start
-            self._carried += 1
-            if self._carried % _TRIMMED == 0:
-                _trim()
             self._say(transfer)
             self._go_on(transfer)
         except ValueError as error:
