@@ -51,7 +51,7 @@ def secure_round(n: int, size: int, lost: int) -> Cost:
     expected = {"w": np.broadcast_to(np.zeros((), np.float32), (size,))}
     delta = {"w": (np.random.default_rng(0).normal(size=size) * 0.01).astype(np.float32)}
     sites = {name: secure.site(name, SecretStore(None)) for name in names}
-    summing = secure.summing(Task(FIT, 1, {}, {"seed": 0}), names, expected, secure.begin())
+    summing = secure.summing(Task(FIT, 1, {}, {"seed": 0}), names, expected, secure.begin(expected))
     working = 0.0
 
     def answers(step: Step) -> Iterator[Update]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sfl.core.secure import Keeper, SecureSite, SecureSum, Step, Summing, Total
 from sfl.core.task import SERVER, Task, Update
 from sfl.core.transform import Transform
 from sfl.errors import CompositionError
+from sfl.io.site_store import SecretStore
 from sfl.types import Parameters, StateTree
 
 
@@ -24,12 +26,15 @@ class Plain(SecureSum):
     def require(self, cohort: int) -> None:
         """Any."""
 
-    def begin(self) -> StateTree:
+    def begin(self, model: Parameters) -> StateTree:
         return {}
 
     def summing(self, task: Task, cohort: Sequence[str], expected: Parameters, memory: StateTree) -> Summing:
         came = list((yield Step(dict.fromkeys(cohort, task), lambda update: None)))
         return Total(WeightedMean().aggregate(came), tuple(update.site for update in came))
+
+    def identity(self, name: str, kit: Path) -> Any:
+        return None
 
     def site(self, name: str, keeper: Keeper, identity: Any = None) -> SecureSite:
         raise NotImplementedError
@@ -50,7 +55,13 @@ def test_the_servers_half_is_driven_step_by_step() -> None:
 
 def test_what_it_does_not_say_is_nothing() -> None:
     plain = Plain()
-    assert (plain.heaviest, plain.among(3), plain.remarks({"loss": 1.0})) == (math.inf, plain, [])
+    assert (plain.heaviest, plain.among(3, 4), plain.remarks({"loss": 1.0})) == (math.inf, plain, [])
+    arrays = {"w": np.ones(2)}
+    assert (plain.seals, plain.keyed, plain.sealed(arrays)) == (False, False, {})
+    assert plain.like(arrays) is plain.bare(arrays, {}) is arrays
+    keeper = SecretStore(None)
+    assert (plain.kits(["a"], keeper), plain.key(keeper)) == ({}, None)
+    plain.check_server(Path("anywhere"))
     with pytest.raises(CompositionError, match="noise of whole numbers must come with secure aggregation by masks"):
         plain.on_grid(0.5, 1.0)
 

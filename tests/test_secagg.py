@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from secagg_sites import AGREE, STAGES, UNMASK, Federation, with_config
 from sfl.core.task import EVALUATE, FIT, Task, Update
 from sfl.engine.flower.keys import make_kits
-from sfl.engine.kit import identity_of, use_kit
+from sfl.engine.kit import kit_of_site, use_kit
 from sfl.errors import CompositionError, ConfigError, MissingExtraError, ProtocolError, RoundError
 from sfl.io.site_store import SecretStore
 from sfl.privacy.secagg import SecAgg
@@ -419,7 +419,7 @@ def test_a_sum_of_too_few_is_not_opened(numbers: list[int], words: str) -> None:
 
 
 def test_a_sum_of_fewer_sites_than_a_job_asks_for_is_not_opened() -> None:
-    federation = Federation(SecAgg(shares=4).among(6), 7)
+    federation = Federation(SecAgg(shares=4).among(6, 7), 7)
     federation.tamper = lambda _, task: (
         with_config(task, secagg_alive=marks([0, 1, 2, 3, 4])) if task.name == AGREE else task
     )
@@ -668,9 +668,8 @@ def test_what_it_needs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingExtraError, match=r"pip install 'sfl\[privacy\]'"):
         SecAgg().require(4)
     monkeypatch.setitem(sys.modules, "sfl.privacy.secagg.identity", None)
-    monkeypatch.setenv("_SFL_SITE_KIT", "somewhere")
     with pytest.raises(MissingExtraError):
-        identity_of("one", required=True)
+        SecAgg().identity("one", Path("somewhere"))
 
 
 def test_arrays_that_a_site_leaves_out_are_zeros() -> None:
@@ -845,15 +844,17 @@ def test_a_kit_that_is_none_is_said(tmp_path: Path) -> None:
 
 def test_a_site_of_a_deployment_must_have_a_kit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("_SFL_SITE_KIT", raising=False)
-    assert identity_of("one", required=False) is None
+    assert kit_of_site(required=False) is None
     with pytest.raises(ConfigError, match="a site of a deployment must have a kit"):
-        identity_of("one", required=True)
+        kit_of_site(required=True)
     monkeypatch.setenv("_SFL_SITE_KIT", "")
     use_kit(tmp_path)  # no kit: nothing changes
     use_kit(make_kits(tmp_path, ["one"])["one"])
-    assert isinstance(identity_of("one", required=True), CertifiedIdentity)
+    kit = kit_of_site(required=True)
+    assert kit is not None
+    assert isinstance(SecAgg().identity("one", kit), CertifiedIdentity)
     with pytest.raises(ConfigError, match="got that of 'one'"):
-        identity_of("two", required=True)
+        SecAgg().identity("two", kit)
 
 
 def test_a_rehearsal_tells_nobody_apart_and_takes_the_same_steps() -> None:

@@ -20,7 +20,7 @@ from sfl.core.events import Notice, RoundFinished, SiteFinished
 from sfl.core.mechanism import DpEvent
 from sfl.core.task import FIT, Reply, Status, Task, Update
 from sfl.engine.attacker import Attack
-from sfl.engine.kit import identity_of
+from sfl.engine.kit import kit_of_site
 from sfl.engine.local import LocalEngine
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, RoundError
@@ -91,7 +91,7 @@ def test_weights_count_where_their_bound_is_known() -> None:
     assert np.allclose(plain.parameters["w"], secure.parameters["w"], atol=1e-8)
     equal = run(recipe(secure=SecAgg(clip=100.0), client=algorithm_clients.Steered))
     assert not np.allclose(plain.parameters["w"], equal.parameters["w"], atol=1e-3)
-    with pytest.raises(CompositionError, match="secagg_max_weight"):
+    with pytest.raises(CompositionError, match="max_weight of SecAgg"):
         recipe(secure=SecAgg(), **examples).build()
 
 
@@ -176,7 +176,7 @@ def test_answers_that_are_none_are_rejected_by_name() -> None:
 def test_a_site_without_a_kit_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("_SFL_SITE_KIT", raising=False)
     program = SiteProgram(client=clients.Base, secure=SecAgg())
-    site = Site(program, "site-1", 0, home=SiteHome(identity=partial(identity_of, required=True)))
+    site = Site(program, "site-1", 0, home=SiteHome(kit=partial(kit_of_site, required=True)))
     reply = site.run(Task("secagg-keys", 1, {}, {"secagg_run": "r"}))
     assert reply.status is Status.FAILED
     assert reply.reason.startswith("site-1: a site of a deployment must have a kit, with which other sites know it")

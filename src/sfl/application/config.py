@@ -82,9 +82,11 @@ class RunConfig:
     @property
     def global_fraction(self) -> float:
         """Share of the records that no site gets. None where each site brings its file and the run is private: what the
-        server then evaluates on would be the sites' own.
+        server then evaluates on would be the sites' own. Nor where the server cannot read the model.
         """
         privacy = self.privacy
+        if privacy.seals:  # the server has no model to evaluate
+            return 0.0
         is_private = privacy.dp or privacy.dpsgd or privacy.selects_privately
         return 0.0 if is_private and self.federation.partition.strip() == "files" else 0.1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -15,7 +15,7 @@ from sfl.errors import ConfigError
 from sfl.io.console import console_observer
 from sfl.io.run_folder import RunFolder
 from sfl.privacy.runner_utils import calibrated
-from sfl.recipe import Environment, Recipe
+from sfl.recipe import Environment, Recipe, RunResult
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.train.pretrained import Pretrained
 from sfl.train.sources import absolute
@@ -81,10 +81,11 @@ class Application(Generic[C]):
                     write_config()
 
             try:
-                self._train(pinned, model, env, folder, observers=(console, went_on), resume=resume is not None)
+                recipe = self._recipe(pinned, model)
+                result = recipe.execute(env, out=folder.path, resume=resume is not None, observers=(console, went_on))
+                self._finish(pinned, result, folder, console)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(str(folder.path)) from None  # says which run can be resumed
-            console(Notice(text=f"model:  {folder.model}"))
             console(Notice(text=f"report: {folder.path / 'report.html'}"))
         return 0
 
@@ -137,19 +138,15 @@ class Application(Generic[C]):
     def _recipe(self, config: C, model: Pretrained) -> Recipe:
         return self.recipe(config, model, device=_own_device(config))
 
-    def _train(
-        self,
-        config: C,
-        model: Pretrained,
-        env: Environment,
-        folder: RunFolder,
-        *,
-        observers: Sequence[Observer],
-        resume: bool,
-    ) -> None:
-        recipe = self._recipe(config, model)
-        result = recipe.execute(env, out=folder.path, resume=resume, observers=observers)
-        self.export(config, result.parameters, folder)
+    def _finish(self, config: C, result: RunResult, folder: RunFolder, console: Observer) -> None:
+        """Write the final model, if anybody here can read it."""
+        if result.is_sealed and result.key is None:
+            console(Notice(text=f"the model is sealed; who has a site's key opens it: sfl he open {folder.path}"))
+            return
+        if result.is_sealed:
+            console(Notice(text="the model is sealed; its sites were all on this machine, so their key has opened it"))
+        self.export(config, result.open(), folder)
+        console(Notice(text=f"model:  {folder.model}"))
 
     def _pinned(self, config: C, model: Pretrained, resume: Path | None) -> C:
         """The configuration with everything that depends on today, this folder or the hub written out."""

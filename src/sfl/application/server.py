@@ -150,7 +150,7 @@ def workload_recipe(
         secure=protections.secure,
         budget=protections.budget,
         example_budget=protections.example_budget,
-        central=server.central,
+        central=None if workload.privacy.seals else server.central,
         derive=with_perplexity,
     )
 

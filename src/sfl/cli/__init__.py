@@ -90,7 +90,10 @@ def _app() -> App:
         "sfl.cli.privacy:plan", help="What noise a budget needs, or what noise costs, before anything runs."
     )
     app.command("sfl.cli.audit:audit", help="Measure a lower bound on a run's ε with canaries, beside its ledger's.")
-    for tree in (run, submit, config, privacy, _poc()):
+    he = App(name="he", help="Homomorphic encryption: keys, and models that sites have sealed.")
+    he.command("sfl.cli.encryption:keys", name="keys", help="Make the keys of a federation.")
+    he.command("sfl.cli.encryption:open_model", name="open", help="Decrypt the model of a run with a site's key.")
+    for tree in (run, submit, config, privacy, he, _poc()):
         app.command(tree)
     return app
 

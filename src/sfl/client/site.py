@@ -68,12 +68,12 @@ class SiteHome:
     Attributes:
         folder: Where it keeps its state; ``None`` keeps it in memory only.
         moves: Whether another process may have done the site's last task: then its state is read before each.
-        identity: Who a site is to other sites, by its name, where they need to know; ``None`` if it is simulated.
+        kit: The folder with what it knows of its federation, where others must know who it is; ``None`` if simulated.
     """
 
     folder: Path | None = None
     moves: bool = False
-    identity: Callable[[str], object] | None = None
+    kit: Callable[[], Path | None] | None = None
 
 
 class Site:
@@ -201,7 +201,8 @@ class Site:
         program = self._program
         if self._secure is None and program.secure is not None:
             try:
-                identity = self._home.identity(self.name) if self._home.identity is not None else None
+                kit = self._home.kit() if self._home.kit is not None else None
+                identity = None if kit is None else program.secure.identity(self.name, kit)
                 self._secure = program.secure.site(self.name, SecretStore(self._home.folder), identity)
             except (ConfigError, MissingExtraError) as error:
                 raise ProtocolError(f"{self.name}: {error}") from error

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from sfl.core.task import Task, Update
@@ -66,6 +67,14 @@ class Keeper(Protocol):
         """Keep this in its place."""
         ...
 
+    def common(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """What all sites of a simulation have in common: made by whichever asks first."""
+        ...
+
+    def seen(self, name: str) -> bytes | None:
+        """The same, if any of them has asked."""
+        ...
+
 
 class SecureSite(ABC):
     """A site's half, for one site. What it must remember between steps it keeps itself: sites may change processes."""
@@ -111,6 +120,30 @@ class SecureSum(ABC):
         """The largest weight that a site may have; infinite if there is none."""
         return math.inf
 
+    @property
+    def keyed(self) -> bool:
+        """Whether sites have keys in common, which simulated ones find in a folder."""
+        return False
+
+    @property
+    def seals(self) -> bool:
+        """Whether sums stay closed to the server, too: then the global model is what sites have closed, and nothing on
+        the server can work with it.
+        """
+        return False
+
+    def sealed(self, arrays: Parameters) -> Parameters:  # noqa: ARG002
+        """Of the arrays of a sum or a model, those that are closed to the server."""
+        return {}
+
+    def bare(self, parameters: Parameters, sealed: Parameters) -> Parameters:  # noqa: ARG002
+        """Of the arrays of a model, those that ``sealed`` ones do not stand for."""
+        return parameters
+
+    def like(self, parameters: Parameters) -> Parameters:
+        """The arrays of the model that the server keeps as ``parameters``; what they hold does not matter."""
+        return parameters
+
     @abstractmethod
     def require(self, cohort: int) -> None:
         """Whether rounds of ``cohort`` planned sites can be summed as promised; asked before a run.
@@ -119,8 +152,8 @@ class SecureSum(ABC):
             CompositionError: If not, with what to change.
         """
 
-    def among(self, least: int) -> SecureSum:  # noqa: ARG002
-        """The same whose sites refuse a sum of fewer than ``least`` of them, as far as they can know."""
+    def among(self, least: int, planned: int) -> SecureSum:  # noqa: ARG002
+        """The same for rounds of ``planned`` sites, which refuse sums of fewer than ``least`` if they can know."""
         return self
 
     def on_grid(self, grid: float, reach: float) -> SecureSum:  # noqa: ARG002
@@ -136,8 +169,19 @@ class SecureSum(ABC):
         )
 
     @abstractmethod
-    def begin(self) -> StateTree:
-        """What the server remembers of a new run; goes into its checkpoints."""
+    def begin(self, model: Parameters) -> StateTree:
+        """What the server remembers of a new run that starts from ``model``; goes into its checkpoints.
+
+        Raises:
+            ConfigError: If it does not fit such a model.
+        """
+
+    def check_server(self, kit: Path) -> None:  # noqa: B027 - most leave nothing with a server
+        """Look at the kit of a server before it works.
+
+        Raises:
+            ConfigError: If it holds what is for sites alone.
+        """
 
     @abstractmethod
     def summing(self, task: Task, cohort: Sequence[str], expected: Parameters, memory: StateTree) -> Summing:
@@ -153,6 +197,27 @@ class SecureSum(ABC):
             RoundError: If too few sites stay.
         """
 
+    def kits(self, sites: Sequence[str], keeper: Keeper) -> Mapping[str, Mapping[str, bytes]]:  # noqa: ARG002
+        """What kits of new sites must hold beside certificates: by site, files by name.
+
+        Args:
+            sites: Their names.
+            keeper: Of any of them: a run that goes on finds there what it was begun with.
+        """
+        return {}
+
+    def key(self, keeper: Keeper) -> bytes | None:  # noqa: ARG002
+        """What opens a model that sites have sealed, where all of them are this person's."""
+        return None
+
+    @abstractmethod
+    def identity(self, name: str, kit: Path) -> Any:
+        """What a site's kit says of it.
+
+        Raises:
+            ConfigError: If it is another's, or lacks something.
+        """
+
     @abstractmethod
     def site(self, name: str, keeper: Keeper, identity: Any = None) -> SecureSite:
         """The half of a site.
@@ -160,7 +225,7 @@ class SecureSum(ABC):
         Args:
             name: Its name.
             keeper: Where it keeps what it must remember.
-            identity: Who it is, as the other sites know it; by default that of a simulated site.
+            identity: From ``identity``; by default that of a simulated site.
         """
 
     def remarks(self, figures: Metrics) -> list[str]:  # noqa: ARG002

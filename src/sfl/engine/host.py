@@ -33,7 +33,7 @@ class HostSettings:
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads to compute with.
         turns: Lock files, one for each site that may work at a time on this machine; none for no limit.
-        identity: Who a site is to other sites; ``None`` if sites are simulated.
+        kit: The folder with what a site knows of its federation; ``None`` if sites are simulated.
     """
 
     program: Callable[[], SiteProgram]
@@ -41,7 +41,7 @@ class HostSettings:
     device: str = "auto"
     threads: int = 1
     turns: tuple[Path, ...] = ()
-    identity: Callable[[str], object] | None = None
+    kit: Callable[[], Path | None] | None = None
 
 
 class SiteHost:
@@ -70,7 +70,7 @@ class SiteHost:
                 self._program = self._settings.program()
             device = plan_workers(1, 1, self._settings.device, count_gpus(), 1)[0]
             folder = self._settings.sites / name if self._settings.sites is not None else None
-            home = SiteHome(folder=folder, moves=True, identity=self._settings.identity)
+            home = SiteHome(folder=folder, moves=True, kit=self._settings.kit)
             self._sites[name] = Site(self._program, name, client_id, device=device, home=home)
         return self._sites[name]
 

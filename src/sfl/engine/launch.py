@@ -18,7 +18,7 @@ from typing import Any
 from sfl.client.script_code import placed
 from sfl.client.site import SiteProgram
 from sfl.engine.host import HostSettings
-from sfl.engine.kit import identity_of
+from sfl.engine.kit import kit_of_site
 from sfl.errors import EngineError
 from sfl.io.tree import write_text
 from sfl.utils.plain import describe, from_json, restore, to_json
@@ -61,6 +61,16 @@ class Launch:
     def outcome(self) -> Path:
         """How it ended; written last."""
         return self.folder / "outcome.json"
+
+    @property
+    def kits(self) -> Path:
+        """By site, what its kit must hold beside certificates."""
+        return self.folder / "kits"
+
+    def add_to_kit(self, site: str, kit: Path) -> None:
+        """Put what a site's kit must hold into it."""
+        if (self.kits / site).is_dir():
+            shutil.copytree(self.kits / site, kit, dirs_exist_ok=True)
 
     @property
     def final(self) -> Path:
@@ -123,7 +133,7 @@ class Launch:
             sites=Path(sites) if sites else None,
             device=devices[place % len(devices)],
             threads=settings["threads"],
-            identity=partial(identity_of, required=bool(settings.get("deployed"))),
+            kit=partial(kit_of_site, required=bool(settings.get("deployed"))),
             turns=tuple(self.folder / f"turn-{number}.lock" for number in range(int(settings["workers"]))),
         )
 

@@ -61,6 +61,11 @@ class FlowerEnv(RemoteEnv):
         if self.superlink is None and (self.root_certificates is not None or self.sites):
             raise ConfigError("superlink must be given with root_certificates and sites, got none.")
 
+    @property
+    def provisions(self) -> bool:
+        """Where it starts their nodes, they have."""
+        return self.superlink is None
+
     def command(self, launch: Launch) -> list[str]:
         """One process that starts SuperLink and SuperNodes and submits the job, or submits it alone."""
         if self.superlink is None:

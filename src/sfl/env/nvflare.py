@@ -46,6 +46,11 @@ class PocEnv(RemoteEnv):
 
     title: ClassVar[str] = "a provisioned NVIDIA FLARE federation"
 
+    @property
+    def provisions(self) -> bool:
+        """They have."""
+        return True
+
     def command(self, launch: Launch) -> list[str]:
         """One process that provisions, starts server and sites, and submits the job."""
         return flare_command("poc", launch)

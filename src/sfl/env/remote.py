@@ -23,7 +23,8 @@ from sfl.env.checks import check_counts, refuse_provisioned
 from sfl.errors import ConfigError, EngineError, SflError
 from sfl.io.checkpoint import load_state
 from sfl.io.relay import EventReader
-from sfl.io.tree import save_tree, write_text
+from sfl.io.site_store import SecretStore
+from sfl.io.tree import save_tree, write_secret, write_text
 from sfl.recipe import Recipe, RunResult
 from sfl.server.job import Job
 from sfl.train.devices import devices_of_workers
@@ -73,6 +74,11 @@ class RemoteEnv(ABC):
     device: str = "auto"
     shutdown: float = 10.0
 
+    @property
+    def provisions(self) -> bool:
+        """Whether its sites have kits, which are made for the run."""
+        return False
+
     @abstractmethod
     def command(self, launch: Launch) -> list[str]:
         """The command that runs the engine to the end of the job."""
@@ -117,7 +123,9 @@ class RemoteEnv(ABC):
                     if out is not None and launch.outcome.exists():
                         self.collect(launch, out)
                 engine.wait(self.shutdown)
-            return RunResult(load_state(launch.final), tuple(rounds), reason, out)
+            secure = job.program.secure
+            key = secure.key(_keeper_of(launch.read_settings())) if secure is not None else None
+            return RunResult(load_state(launch.final), tuple(rounds), reason, out, key)
 
     def write(self, plan: Plan, logs: Path) -> None:
         """Write what the engine's processes read."""
@@ -125,6 +133,11 @@ class RemoteEnv(ABC):
         plan.launch.write_program(plan.job.program)
         settings = {**self.settings(plan), "logs": str(logs)}
         write_text(plan.launch.settings, json.dumps(settings, indent=1) + "\n")
+        secure = plan.job.program.secure
+        if secure is not None and self.provisions:
+            for site, files in secure.kits(settings["names"], _keeper_of(settings)).items():
+                for name, content in files.items():
+                    write_secret(plan.launch.kits / site / name, content)
 
     def check_resumable(self, out: Path | None) -> None:
         """Whether what a run needs to go on lies here.
@@ -153,6 +166,11 @@ class RemoteEnv(ABC):
             "devices": devices,
             "threads": job.federation.threads,
         }
+
+
+def _keeper_of(settings: dict[str, Any]) -> SecretStore:
+    """Where sites of this machine keep what they have in common."""
+    return SecretStore(Path(settings["sites"]) / "any")
 
 
 def _short() -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sfl.errors import CheckpointError
-from sfl.io.tree import load_tree, save_tree, write_text
+from sfl.io.tree import load_tree, save_tree, write_secret, write_text
 from sfl.types import StateTree
 
 _NAME = re.compile(r"state-(\d{6})\.safetensors")
@@ -43,6 +46,35 @@ class SecretStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.with_name(self._path.name + ".partial").touch(mode=0o600)
         save_tree(self._path, tree)
+
+    def common(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """What all simulated sites have in common, beside their folders; made by whichever asks first.
+
+        Without folders it lies in this process alone.
+        """
+        if self._path is None:
+            if name not in _COMMON:
+                _COMMON[name] = make()
+            return _COMMON[name]
+        path = self._path.parent.parent / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mine = path.with_name(f".{name}-{secrets.token_hex(8)}")
+            write_secret(mine, make())
+            with suppress(FileExistsError):  # another site was first
+                path.hardlink_to(mine)
+            mine.unlink()
+        return path.read_bytes()
+
+    def seen(self, name: str) -> bytes | None:
+        """The same, if any site has asked for it."""
+        if self._path is None:
+            return _COMMON.get(name)
+        path = self._path.parent.parent / name
+        return path.read_bytes() if path.exists() else None
+
+
+_COMMON: dict[str, bytes] = {}
 
 
 class SiteStore:

@@ -16,6 +16,7 @@ from sfl.privacy.config import PrivacyConfig
 from sfl.privacy.correlated import BandedMechanism
 from sfl.privacy.dp import GaussianMechanism, calibrate_noise_multiplier
 from sfl.privacy.filters.assembly import filters, selection
+from sfl.privacy.he import CKKS
 from sfl.privacy.rules import check_together
 from sfl.privacy.secagg.protocol import SecAgg
 from sfl.privacy.shuffle import ShuffledGaussian
@@ -69,6 +70,8 @@ def build_protections(config: PrivacyConfig, federation: FederationConfig) -> Pr
 
 def secure_sum(config: PrivacyConfig) -> SecureSum | None:
     """What keeps single updates from the server; ``None`` if nothing does."""
+    if config.he:
+        return CKKS(**config.he_terms)
     return SecAgg(**config.secagg_terms) if config.secagg else None
 
 

@@ -4,6 +4,7 @@ from sfl.recipe.algorithms import DittoRecipe, FedOptRecipe, FedProxRecipe, Scaf
 from sfl.recipe.averaging import FedAvgRecipe, SumRecipe
 from sfl.recipe.base import Environment, Recipe
 from sfl.recipe.choice import chosen_recipe
+from sfl.recipe.encrypted import FedAvgRecipeWithHE
 from sfl.recipe.workflow import CyclicRecipe, FedBuffRecipe, FedEvalRecipe, SwarmRecipe, WorkflowRecipe
 from sfl.server.session import RunResult
 
@@ -12,6 +13,7 @@ __all__ = [
     "DittoRecipe",
     "Environment",
     "FedAvgRecipe",
+    "FedAvgRecipeWithHE",
     "FedBuffRecipe",
     "FedEvalRecipe",
     "FedOptRecipe",

@@ -30,10 +30,10 @@ from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
-from sfl.server.secure import check_secure, check_whole_numbers
+from sfl.server.sealed import SealedModel
+from sfl.server.secure import averages, check_secure, check_whole_numbers
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
-from sfl.server.strategy import FedAvg
 from sfl.server.workflow import Workflow
 from sfl.types import Array, FederationConfig, Metrics, Parameters
 
@@ -135,6 +135,14 @@ class Recipe(ABC):
         private = bool(self.mechanisms) or self.example_budget is not None
         rule = self._heeded(self.rule(), algorithm)
         aggregator, server_chain = self._server_side()
+        secure = self._secure_sum()
+        if secure is not None and secure.seals and isinstance(algorithm, Algorithm):
+            if self.central is not None:
+                raise CompositionError(
+                    "central must be none under homomorphic encryption without a holder, got a function: the server "
+                    "cannot read the model that it would evaluate. Leave it to the sites' evaluation."
+                )
+            algorithm = SealedModel(algorithm, secure)
         equal = (
             private
             or self.federation.weighting == "equal"
@@ -154,7 +162,7 @@ class Recipe(ABC):
                 callbacks=self.site_callbacks,
                 example_budget=self.example_budget,
                 rule=rule,
-                secure=self._secure_sum(),
+                secure=secure,
             ),
             federation=self.federation,
             server_chain=server_chain,
@@ -204,8 +212,7 @@ class Recipe(ABC):
             CompositionError: If the server, a site or a message does.
         """
         asked = self.aggregator.rebuilds
-        averages = type(algorithm) is FedAvg and algorithm.server_learning_rate == 1.0
-        if not averages or type(self.rule()) is not LocalRule:
+        if not averages(algorithm) or type(self.rule()) is not LocalRule:
             raise CompositionError(
                 f"{asked} must come with fedavg or fedprox at a server learning rate of 1, got {type(self).__name__}: "
                 "each round describes the model by other numbers, so that what is remembered of them means nothing. "
@@ -223,7 +230,8 @@ class Recipe(ABC):
         """As it is told of noise of whole numbers, which is then neither clipped nor rounded."""
         if self.secure is None:
             return None
-        secure, federation = self.secure.among(self.federation.min_available_clients), self.federation
+        federation = self.federation
+        secure = self.secure.among(federation.min_available_clients, federation.planned_sites)
         gridded = [mechanism for mechanism in self.mechanisms if mechanism.grid]
         return secure.on_grid(gridded[0].grid, gridded[0].reach(federation.planned_sites)) if gridded else secure
 

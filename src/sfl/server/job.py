@@ -15,7 +15,7 @@ from sfl.privacy.budget import PrivacyBudget, example_report, example_statement
 from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import Callback
 from sfl.server.selection import Selection
-from sfl.types import FederationConfig, Metrics, Parameters
+from sfl.types import Array, FederationConfig, Metrics, Parameters
 
 if TYPE_CHECKING:
     from sfl.server.workflow import Workflow
@@ -65,6 +65,11 @@ class Job:
     def caveats(self) -> list[str]:
         """What the job's filters do not promise, in words."""
         return [line for line in (transform.caveat() for transform in flat(self.program.chain.transforms)) if line]
+
+    def model_like(self, parameters: Mapping[str, Array]) -> Parameters:
+        """Arrays like those of the model that the server keeps as ``parameters``, which may be closed to it."""
+        secure = self.program.secure
+        return dict(parameters) if secure is None else secure.like(dict(parameters))
 
     def secure_lines(self) -> list[str]:
         """What the job's secure sum promises, in words; nothing without one."""

@@ -43,6 +43,7 @@ from sfl.core.task import (
 )
 from sfl.core.unpack import is_packed
 from sfl.engine.base import Engine
+from sfl.engine.kit import kit_of_server
 from sfl.errors import BudgetExhausted, CompositionError, ConfigError, RoundError
 from sfl.privacy.ledger import PrivacyLedger
 from sfl.server.callbacks import RunView, tell
@@ -101,6 +102,9 @@ class Run:
         self._examples: dict[str, float] = {}
         self._aggregator: StateTree = None
         self.secure: StateTree = None
+        kit = kit_of_server()
+        if job.program.secure is not None and kit is not None:
+            job.program.secure.check_server(kit)
         engine.watch(self._moving)
 
     def begin(self, state: ServerState | None) -> ServerState:
@@ -112,7 +116,7 @@ class Run:
             sent = self.job.program.chain.sends(carried)
             remembers = self.job.aggregator.init(carried)
             secure = self.job.program.secure
-            begun_secure = secure.begin() if secure is not None else None
+            begun_secure = secure.begin(dict(state.parameters)) if secure is not None else None
             chain = self.job.server_chain.init(sent)
             state = replace(state, mechanisms=chain, aggregator=remembers, secure=begun_secure)
         else:
@@ -140,7 +144,7 @@ class Run:
                 "a run must go on with secure aggregation, or without, as it was begun, got the other. Give the same "
                 "options, or start a new run."
             )
-        carried = self.job.program.rule.carried(dict(state.parameters))
+        carried = self.job.program.rule.carried(self.job.model_like(state.parameters))
         fresh = self.job.server_chain.init(self.job.program.chain.sends(carried))
         if [_kind(one) for one in fresh] != [_kind(one) for one in state.mechanisms]:
             raise ConfigError(
@@ -155,7 +159,7 @@ class Run:
                 clients=tuple(self.clients),
                 rounds=self.job.federation.num_rounds,
                 done=state.round,
-                num_parameters=arrays.num_parameters(state.parameters),
+                num_parameters=arrays.num_parameters(self.job.model_like(state.parameters)),
                 nbytes=arrays.nbytes(state.parameters),
                 engine=self.engine.describe(),
             )
@@ -257,7 +261,7 @@ class Run:
     def usable(self, task: Task, cohort: Sequence[str]) -> Iterator[Update]:
         """The usable updates in site order; every planned site is recorded, whatever became of it."""
         self.announce_task(task, cohort)
-        expected = self.job.program.sends(task)
+        expected = self.job.program.sends(replace(task, parameters=self.job.model_like(task.parameters)))
         federation = self.job.federation
         enough = federation.wait_for if task.name != EVALUATE else 0
         replies = self.engine.exchange(task, cohort, federation.round_timeout or None, enough=enough)

@@ -14,16 +14,18 @@ from sfl.core.aggregator import Aggregator, Sum, WeightedMean
 from sfl.core.algorithm import Algorithm
 from sfl.core.events import Notice
 from sfl.core.mechanism import Mechanism
+from sfl.core.quantise import FLOAT32
 from sfl.core.secure import SecureSum, Step, Total
 from sfl.core.task import FIT, SERVER, Reply, Status, Task, Update
 from sfl.errors import CompositionError, ProtocolError, RoundError, UpdateError
+from sfl.server.strategy import FedAvg
 from sfl.types import FederationConfig, Metrics, Parameters
 
 if TYPE_CHECKING:
     from sfl.server.run import Run
     from sfl.server.workflow import Workflow
 
-__all__ = ["check_secure", "check_whole_numbers", "gathered"]
+__all__ = ["averages", "check_secure", "check_whole_numbers", "gathered"]
 
 
 def gathered(run: Run, secure: SecureSum, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
@@ -34,7 +36,9 @@ def gathered(run: Run, secure: SecureSum, task: Task, cohort: Sequence[str]) -> 
     """
     started, before = time.perf_counter(), sum(run.seconds.values())
     aggregator = run.job.aggregator
-    expected = like(run.job.program.sends(task), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
+    model = replace(task, parameters=run.job.model_like(task.parameters))
+    expected = like(run.job.program.sends(model), wide=isinstance(aggregator, WeightedMean | Sum) and aggregator.wide)
+    del model
     total, said = summed(run, secure, task, cohort, expected)
     run.seconds["aggregate"] += time.perf_counter() - started - (sum(run.seconds.values()) - before)
     run.check_enough(task, len(total.sites))
@@ -141,12 +145,12 @@ def check_secure(
     """
     if not isinstance(algorithm, Algorithm):
         raise CompositionError(
-            f"secure aggregation must come with rounds whose updates are summed, got {type(algorithm).__name__}: there "
+            f"secure sums must come with rounds whose updates are summed, got {type(algorithm).__name__}: there "
             "an update goes on by itself, to a site or into a buffer. Use fedavg, fedprox, fedopt, scaffold or ditto."
         )
     if aggregator.of_mean(Update(SERVER, {}, 1.0)) is None:
         raise CompositionError(
-            f"secure aggregation must come with an aggregator of sums, got {type(aggregator).__name__}: it looks at "
+            f"secure sums must come with an aggregator of sums, got {type(aggregator).__name__}: it looks at "
             "single updates, which nobody sees here. Use the mean, or leave secure aggregation out."
         )
     if federation.wait_for:
@@ -169,9 +173,46 @@ def check_secure(
     secure.require(federation.planned_sites)
     if federation.weighting == "examples" and secure.heaviest <= 1.0:
         raise CompositionError(
-            "secagg_max_weight must be the largest number of examples that a site counts with, under "
-            "weighting=examples, got 1. Set it, or leave the weighting out: then all sites count the same."
+            f"max_weight of {type(secure).__name__} must be the largest number of examples that a site counts with, "
+            "under weighting=examples, got 1. Set it, or leave the weighting out: then all sites count the same."
         )
+    if secure.seals:
+        _check_sealed(aggregator, algorithm, mechanisms, federation)
+
+
+def _check_sealed(
+    aggregator: Aggregator, algorithm: Algorithm, mechanisms: Sequence[Mechanism], federation: FederationConfig
+) -> None:
+    """Refuse what a server cannot do with a model that is closed to it.
+
+    Raises:
+        CompositionError: Naming it, and what to use.
+    """
+    other = "Use secagg, or homomorphic encryption with he_holder: then the server has the global model."
+    if not averages(algorithm):
+        raise CompositionError(
+            "homomorphic encryption without a holder must come with fedavg, fedprox or ditto at a server learning rate "
+            f"of 1, got {type(algorithm).__name__}: the server cannot compute with a model that it cannot read. {other}"
+        )
+    if type(aggregator) is not WeightedMean:
+        raise CompositionError(
+            f"homomorphic encryption without a holder must come with the mean, got {type(aggregator).__name__}. {other}"
+        )
+    central = [mechanism for mechanism in mechanisms if mechanism.placement == "central"]
+    if central:
+        raise CompositionError(
+            "noise must be the sites' own where the server cannot read what it would noise, got "
+            f"{type(central[0]).__name__} on the server. Use dp_mode=local. {other}"
+        )
+    if federation.message_dtype != FLOAT32:
+        raise CompositionError(
+            f"message_dtype must be float32 where messages are ciphertexts, got {federation.message_dtype}. {other}"
+        )
+
+
+def averages(algorithm: Algorithm | Workflow) -> bool:
+    """Whether the next model is the mean of the sites' models."""
+    return type(algorithm) is FedAvg and algorithm.server_learning_rate == 1.0
 
 
 def check_whole_numbers(mechanisms: Sequence[Mechanism], secure: SecureSum | None) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sfl.core.algorithm import ServerState
@@ -19,6 +20,9 @@ from sfl.io.environment import environment
 from sfl.io.metrics import MetricsWriter, read_metrics
 from sfl.io.report import write_report
 from sfl.io.run_folder import RunFolder
+from sfl.io.site_store import SecretStore
+from sfl.privacy.he.opening import opened
+from sfl.privacy.he.packing import is_sealed
 from sfl.privacy.ledger import Budget, PrivacyLedger, dataset_ledger
 from sfl.server.federate import Hooks, federate
 from sfl.server.job import Job
@@ -35,17 +39,36 @@ class RunResult:
         rounds: One entry a round (0 holds the evaluation before the first), of this process's part of the run.
         reason: Why it ended before its last planned round; empty if it did not.
         folder: The run's folder, if it has one.
+        key: What opens a sealed model, where all sites were this person's; ``None`` if they were not, or sealed none.
     """
 
     state: ServerState
     rounds: tuple[RoundFinished, ...]
     reason: str = ""
     folder: Path | None = None
+    key: bytes | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> Parameters:
-        """The final global parameters."""
+        """The final global parameters as the server has them: ciphertexts, if sites have sealed them."""
         return self.state.parameters
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether sites have sealed the model, so that the server has ciphertexts."""
+        return is_sealed(self.parameters)
+
+    def open(self, context: bytes | None = None) -> Parameters:
+        """The final global parameters in the clear.
+
+        Args:
+            context: What opens them: the content of a site's ``client_context.tenseal``. By default that of sites that
+                were simulated, or provisioned for this run.
+
+        Raises:
+            ConfigError: If they are sealed, and nothing is there that opens them.
+        """
+        return opened(self.parameters, context or self.key)
 
     @property
     def cross_site(self) -> dict[str, dict[str, Metrics]] | None:
@@ -115,7 +138,10 @@ def run_job(
         hooks = Hooks(observers=(history, *observers), ledger=_ledger(job, None))
         if out is not None:
             state, hooks = stack.enter_context(_files(out, job, resume=resume, observers=hooks.observers))
-        carrier = stack.enter_context(engine(job, RunFolder(out).sites if out is not None else None))
+        sites = RunFolder(out).sites if out is not None else None
+        if sites is None and job.program.secure is not None and job.program.secure.keyed:
+            sites = Path(stack.enter_context(TemporaryDirectory(prefix="sfl-sites-")))
+        carrier = stack.enter_context(engine(job, sites))
         if out is not None:
             facts = RunFolder(out).read_json("environment.json") or {}
             RunFolder(out).write_json("environment.json", {**facts, "engine": carrier.describe()})
@@ -128,7 +154,9 @@ def run_job(
         finally:
             if out is not None and job.has_statement:
                 RunFolder(out).write_json("privacy.json", job.privacy_report(hooks.ledger, history.examples))
-    result = RunResult(state, tuple(history.rounds), history.reason, out)
+        secure = job.program.secure
+        key = secure.key(SecretStore(sites / "any" if sites is not None else None)) if secure is not None else None
+    result = RunResult(state, tuple(history.rounds), history.reason, out, key)
     if out is not None and result.cross_site is not None:
         RunFolder(out).write_json("cross_site.json", result.cross_site)
     return result

@@ -58,6 +58,8 @@ class Deployment:
             self._fleet = self._control = self._link
         self._keys = make_server_keys(self._folder / "keys")
         self._kits = make_kits(self._folder / "kits", names)
+        for name, kit in self._kits.items():
+            launch.add_to_kit(name, kit)
         self._secret = self._folder / "keys" / "superexec.secret"
         write_secret(self._secret, secrets.token_bytes(32))
         address, token = f"{_LOCAL}:{self._control}", secrets.token_urlsafe(32)

@@ -15,6 +15,7 @@ from typing import Any, cast
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask
 from nvflare.apis.controller_spec import Task as FlareTask
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable
@@ -24,6 +25,7 @@ from sfl.core.events import TransferProgress
 from sfl.core.task import Reply, Status, Task
 from sfl.engine.base import Engine
 from sfl.engine.freight import Freight, Key, Ready
+from sfl.engine.kit import use_server_kit
 from sfl.engine.launch import Launch, resolve_server
 from sfl.engine.nvflare.carried import bring_home, carried_by_server, given_launch
 from sfl.engine.nvflare.messages import OTHER, TASKS, pack, unpack
@@ -56,6 +58,7 @@ class SflController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """The whole job."""
+        use_server_kit(cast("Any", fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT)).get_startup_kit_dir())
         launch = given_launch(self._launch) if self._launch else carried_by_server(fl_ctx)
         cast("Any", fl_ctx.get_engine()).register_app_command(EVENTS, partial(_events_since, launch))
         names = list(launch.read_settings()["names"])

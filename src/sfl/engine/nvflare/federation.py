@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sfl.errors import ConfigError, nearest
+from sfl.errors import ConfigError, check_rules, nearest
 
 T = TypeVar("T")
 ADMIN, SERVER = "admin@sfl.poc", "server"
@@ -61,6 +61,7 @@ class Federation:
         sites: The sites.
         admins: Who may submit jobs; one must be a project_admin.
         valid_days: For how many days a new root certificate is valid.
+        he_holder: The one site that can decrypt under homomorphic encryption; by default all share its key.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Federation:
     sites: tuple[Member, ...]
     admins: tuple[Member, ...]
     valid_days: int = 360
+    he_holder: str = ""
 
     def __post_init__(self) -> None:
         everyone = [self.server.name, *(m.name for m in (*self.sites, *self.admins))]
@@ -79,6 +81,11 @@ class Federation:
             raise ConfigError(f"participants must have names of their own, got {', '.join(twice)} twice. Rename one.")
         if not self.sites:
             raise ConfigError("sites must name at least one site, got none.")
+        rules = (
+            ("server.port", self.server.port, 1 <= self.server.port <= 65535, "between 1 and 65535"),
+            ("he_holder", self.he_holder, self.he_holder in {"", *(m.name for m in self.sites)}, "the name of a site"),
+        )
+        check_rules(rules)
         orgs = {self.server.org, *(m.org for m in (*self.sites, *self.admins))}
         odd = sorted(org for org in orgs if not _ORG.fullmatch(org))
         if odd:
@@ -91,8 +98,6 @@ class Federation:
             raise ConfigError(f"the role of an admin must be one of {', '.join(ROLES)}, got {'; '.join(wrong)}.")
         if not any(m.role == "project_admin" for m in self.admins):
             raise ConfigError("admins must hold a project_admin, got none. Give one of them that role.")
-        if not 1 <= self.server.port <= 65535:
-            raise ConfigError(f"server.port must be between 1 and 65535, got {self.server.port}.")
 
 
 def on_this_machine(sites: Sequence[str], port: int) -> Federation:
@@ -135,7 +140,7 @@ def read_project(path: Path) -> Federation:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} must be YAML, got: {' '.join(str(error).split())}.") from error
     given = _known(Federation, said, str(path))
-    options = {key: given[key] for key in ("name", "valid_days") if key in given}
+    options = {key: given[key] for key in ("name", "valid_days", "he_holder") if key in given}
     return Federation(
         **options,
         server=Server(**_known(Server, given.get("server", {}), f"{path}: server")),

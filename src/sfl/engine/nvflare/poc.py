@@ -27,6 +27,8 @@ def run(launch: Launch) -> int:
     (port,) = free_ports(1)
     federation = on_this_machine(names, port)
     kits = provision(federation, launch.folder / "flare", storage=launch.folder / "storage")
+    for name in names:
+        launch.add_to_kit(name, kits / name / "startup")
     what = f"NVIDIA FLARE POC, {len(names)} sites as processes, mutual TLS"
     job = write_job(launch.folder / "flare-job", "sfl", launch.folder, names, what)
     logs = Path(settings["logs"])

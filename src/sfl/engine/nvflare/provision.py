@@ -21,7 +21,9 @@ from nvflare.lighter.provisioner import Provisioner
 
 from sfl.engine.nvflare.federation import Federation
 from sfl.engine.nvflare.policy import allow_components, store_jobs_in
-from sfl.errors import ConfigError, EngineError
+from sfl.errors import ConfigError, EngineError, MissingExtraError
+from sfl.io.tree import write_secret
+from sfl.privacy.he.contexts import CLIENT_CONTEXT, SERVER_CONTEXT, make_contexts
 
 _LOOPBACK = ("localhost", "127.0.0.1")
 _STORAGE = Path("/tmp/nvflare")
@@ -68,10 +70,24 @@ def provision(federation: Federation, folder: Path, *, storage: Path | None = No
         allow_components(kits / participant.name / "local")
     if federation.server.host in _LOOPBACK:
         _listen_on(federation.server.host, kits / federation.server.name / "startup" / "fed_server.json")
+    _add_contexts(federation, kits)
     authority = (kits / federation.server.name / "startup" / "rootCA.pem").read_bytes()
     own = _STORAGE / f"{federation.name}-{hashlib.sha256(authority).hexdigest()[:12]}"
     store_jobs_in(kits / federation.server.name / "local", storage or own)
     return kits
+
+
+def _add_contexts(federation: Federation, kits: Path) -> None:
+    """Keys of homomorphic encryption, where the library for them is there."""
+    try:
+        server, sites = make_contexts([member.name for member in federation.sites], federation.he_holder)
+    except MissingExtraError:
+        if federation.he_holder:
+            raise
+        return
+    write_secret(kits / federation.server.name / "startup" / SERVER_CONTEXT, server)
+    for name, content in sites.items():
+        write_secret(kits / name / "startup" / CLIENT_CONTEXT, content)
 
 
 def _listen_on(host: str, file: Path) -> None:

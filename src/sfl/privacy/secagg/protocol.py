@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfl.core.secure import Keeper, SecureSum, Summing
@@ -122,7 +123,7 @@ class SecAgg(SecureSum):
         self.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
         self.degree(cohort)
 
-    def among(self, least: int) -> SecAgg:
+    def among(self, least: int, planned: int) -> SecAgg:  # noqa: ARG002 - each round says how many it is of
         """See ``SecureSum.among``."""
         return replace(self, least=max(least, 2))
 
@@ -140,7 +141,7 @@ class SecAgg(SecureSum):
             )
         return replace(self, grid=grid)
 
-    def begin(self) -> StateTree:
+    def begin(self, model: Parameters) -> StateTree:  # noqa: ARG002
         """The name of the run: what a site has signed for one run counts for no other."""
         return {"run": secrets.token_hex(16)}
 
@@ -153,6 +154,23 @@ class SecAgg(SecureSum):
                 "a run must go on with secure aggregation as it was begun, got one that was begun without."
             )
         return summing(task, cohort, expected, self, str(memory["run"]))
+
+    def identity(self, name: str, kit: Path) -> Identity:
+        """That of the kit's certificate, with which other sites know it.
+
+        Raises:
+            ConfigError: If it is that of another site, or not whole.
+        """
+        try:
+            from sfl.privacy.secagg.identity import CertifiedIdentity
+        except ImportError:
+            raise MissingExtraError("cryptography", "privacy") from None
+        identity = CertifiedIdentity.of_kit(kit)
+        if identity.name != name:
+            raise ConfigError(
+                f"a site's kit must be its own, got that of {identity.name!r} for {name}. Give its folder."
+            )
+        return identity
 
     def site(self, name: str, keeper: Keeper, identity: Identity | None = None) -> SecAggSite:
         """See ``SecureSum.site``."""

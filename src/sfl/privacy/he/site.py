@@ -1,0 +1,168 @@
+"""A site's half of homomorphic encryption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfl.core import arrays
+from sfl.core.check import check_finite
+from sfl.core.secure import Keeper, SecureSite
+from sfl.core.task import FIT, Task, Update
+from sfl.errors import ProtocolError
+from sfl.privacy.he.packing import HEAD, Layout, framed, is_sealed, parts_of
+from sfl.privacy.he.scheme import Cipher
+from sfl.privacy.he.server import OPEN
+from sfl.privacy.noise import add_multiples, secret
+from sfl.types import Array, Parameters
+
+if TYPE_CHECKING:
+    from sfl.privacy.he.protocol import CKKS
+
+__all__ = ["CkksSite", "opened_model"]
+
+_FLOOD = 2.0**-30  # of the clip: see ``_flooded``
+_GRID = 2.0**-20  # of that noise
+
+
+class CkksSite(SecureSite):
+    """One site.
+
+    Args:
+        name: Its name.
+        secure: As its job says it.
+        cipher: With the keys that it has.
+        keeper: Where it keeps what it must remember.
+        binding: Whether it is one of a deployment, where a round is opened once.
+    """
+
+    def __init__(self, name: str, secure: CKKS, cipher: Cipher, keeper: Keeper, *, binding: bool) -> None:
+        self._name, self._secure, self._cipher = name, secure, cipher
+        self._keeper, self._binding = keeper, binding
+        self._model: Mapping[str, Array] = {}
+
+    def answer(self, task: Task) -> Update:
+        """Decrypt the sum of a round, as its holder."""
+        if task.name != OPEN:
+            raise ProtocolError(
+                f"{self._name}: a step must be one of homomorphic encryption, got {task.name!r}. It sends nothing."
+            )
+        secure = self._secure
+        self._require(
+            secure.holder == self._name, f"sums must be decrypted by {secure.holder or 'each site for itself'}"
+        )
+        self._require(self._cipher.is_secret, "the holder's context must have the secret key")
+        if self._binding:
+            kept: Any = self._keeper.load() or {}
+            self._require(task.round > kept.get("opened", 0), f"a round must be opened once, got {task.round} again")
+            self._keeper.save({"opened": task.round})
+        layout = Layout.read(task.parameters)
+        out: Parameters = {}
+        weight = 1.0
+        for block, name in enumerate(layout.block_names):
+            numbers = _decrypted(self._cipher, layout, task.parameters, block)
+            if block == 0:
+                weight, count = layout.head_of(numbers)
+                self._require(count >= secure.least, f"a sum must be of at least {secure.least} sites, got {count}")
+                numbers[:HEAD] = 0.0
+            out[name] = (_flooded(numbers, secure.clip) / weight).reshape(-1, layout.slots)
+        return Update(self._name, out, 1.0)
+
+    def opened(self, task: Task) -> Task:
+        """The task with the model in the clear."""
+        if is_sealed(task.parameters):
+            opened = opened_model(self._cipher, task.parameters)
+            task = replace(task, parameters=arrays.read_only(opened))
+        if task.name == FIT:
+            self._model = task.parameters
+        return task
+
+    def closed(self, update: Update, task: Task, expected: Parameters) -> Update:  # noqa: ARG002 - it was opened
+        """The update, or the model that it makes, weighed and encrypted; what is not chosen goes as it is."""
+        model, self._model = self._model, {}
+        check_finite(self._name, update.delta)
+        layout = self._secure.layout(model, expected)
+        weight = min(max(float(np.rint(update.weight)), 1.0), self._secure.heaviest) / self._secure.heaviest
+        whole = model if self._secure.seals else {}
+        values = _weighed(whole, update.delta, weight)
+        chosen = {name for name, _, _ in layout.closed}
+        out = {name: value for name, value in update.delta.items() if name not in chosen}
+        scale = self._secure.scale_bits
+        for block, name in enumerate(layout.block_names):
+            numbers = layout.filled(block, (weight, 1.0), values)
+            self._require(
+                bool(np.abs(numbers).max(initial=0.0) <= max(self._secure.clip, 1.0)),
+                f"numbers must be within he_clip = {self._secure.clip:g}, and whole ones within 2^24, got one that is "
+                "not. Set it higher",
+            )
+            out[name] = framed([self._cipher.encrypted(row, scale) for row in numbers])
+        return replace(update, delta=out, weight=weight if len(chosen) < len(expected) else 1.0)
+
+    def _require(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ProtocolError(f"{self._name}: {rule}. It sends nothing.")
+
+
+def _weighed(model: Mapping[str, Array], delta: Parameters, weight: float) -> Callable[[str, slice], Array]:
+    """Parts of w (x + δ); an array that neither has counts as zeros."""
+
+    def values(name: str, part: slice) -> Array:
+        total = np.zeros(part.stop - part.start)
+        for source in (model, delta):
+            if name in source:
+                total += source[name].reshape(-1)[part]
+        total *= weight
+        return total
+
+    return values
+
+
+def opened_model(cipher: Cipher, parameters: Mapping[str, Array]) -> Parameters:
+    """A sealed model in the clear: the sum of ciphertexts over the sum of weights that is among them.
+
+    Raises:
+        ProtocolError: If it was not sealed with the key that ``cipher`` has.
+    """
+    layout = Layout.read(parameters)
+    closed: Parameters = {name: np.empty(shape, dtype) for name, shape, dtype in layout.closed}
+    weight = 1.0
+
+    def put(name: str, part: slice, numbers: Array) -> None:
+        out = closed[name]
+        numbers /= weight
+        out.reshape(-1)[part] = numbers if out.dtype.kind == "f" else np.rint(numbers)
+
+    for block in range(layout.blocks):
+        numbers = _decrypted(cipher, layout, parameters, block)
+        if block == 0:
+            weight, _ = layout.head_of(numbers)
+        layout.spread(block, numbers, put)
+    return {name: closed[name] if name in closed else parameters[name] for name in layout.names}
+
+
+def _decrypted(cipher: Cipher, layout: Layout, parameters: Mapping[str, Array], block: int) -> Array:
+    """The numbers of a block, flat."""
+    try:
+        array = parameters[layout.block_names[block]]
+    except KeyError as error:
+        raise ProtocolError(f"a sealed model must hold all of its ciphertexts, got none named {error}.") from None
+    return np.concatenate([cipher.decrypted(part) for part in parts_of(array, layout.rows(block))])
+
+
+def _flooded(numbers: Array, clip: float) -> Array:
+    """What may be told of decrypted numbers: with noise far above their error, in which the key would show.
+
+    Who knows a ciphertext and all digits of what it decrypts to can work the key out (Li and Micciancio, EUROCRYPT
+    2021). The error is below 2^-80 here, so it shows in the last place of a float64 for one number in 2^40 at most; the
+    noise, of σ = 2^-30 clip, hides the last place but for 2^-20 (as Li, Micciancio, Schultz and Sorrell have it, CRYPTO
+    2022). Of a thousand million numbers told, all together tell of the key with an advantage of 2^-30.
+    """
+    sigma = _FLOOD * clip
+    grid = sigma * _GRID
+    multiples = np.rint(secret().standard_normal(numbers.size) * (sigma / grid))
+    out = np.empty_like(numbers)
+    add_multiples(numbers, multiples, grid, out)
+    return out
