@@ -16,8 +16,8 @@ FLOWER := 1.41.0
 FLOWER_VENV := .venv-flower-latest
 FLOWER_STAMP := $(FLOWER_VENV)/.setup-done
 # Packages that must stay at 100 % branch coverage, and the tests that have to reach it alone.
-COVERED := sfl.core sfl.privacy.secagg
-COVERED_TESTS := $(wildcard tests/test_core_*.py) tests/test_conformance.py tests/test_secagg.py tests/test_secure_rounds.py
+COVERED := sfl.core sfl.privacy.secagg sfl.privacy.he
+COVERED_TESTS := $(wildcard tests/test_core_*.py) tests/test_conformance.py tests/test_secagg.py tests/test_secure_rounds.py tests/test_he.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo check coverage test test-flower-latest: export HF_HUB_OFFLINE := 1
@@ -51,7 +51,7 @@ lint: setup
 check: lint ## Lint, format, types, layers and the fast tests (under 3 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-coverage: setup ## Fail unless the core and secure aggregation are at 100 % branch coverage
+coverage: setup ## Fail unless core, secure aggregation and encryption are at 100 % branch coverage
 	$(BIN)/python -m pytest $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 # Published models, each used by one slow test and never shipped: a fine-tuned ESM2-8M (GPL-3) and SmolLM2-135M-Instruct (Apache-2.0),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfl.errors import ConfigError
-from sfl.privacy.he.scheme import HELD, SHARED, Cipher, Scheme
+from sfl.privacy.he.cipher import Cipher
+from sfl.privacy.he.scheme import HELD, SHARED, Scheme
 
 __all__ = [
     "CLIENT_CONTEXT",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sfl.errors import ConfigError
+from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.contexts import CLIENT_CONTEXT
 from sfl.privacy.he.packing import is_sealed
-from sfl.privacy.he.scheme import SHARED, Cipher
+from sfl.privacy.he.scheme import SHARED
 from sfl.privacy.he.site import opened_model
 from sfl.types import Array, Parameters
 

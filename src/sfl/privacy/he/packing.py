@@ -19,7 +19,7 @@ LAYOUT = "ckks/layout"
 HEAD = 2
 """Numbers that stand before the arrays: the weight of an update, and 1, which counts the updates of a sum."""
 _MANY = 1 << 20  # updates of a sum
-_GROUP = 64  # ciphertexts that travel as one array, 4 MB
+_GROUP = 64  # ciphertexts that travel as one array: 2 MB as sites make them, 4 MB of sums
 _WHOLE = 2.0**24  # the largest whole number; real ones are stretched so that it is where the clip is
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from sfl.core.secure import Keeper, SecureSum, Summing
 from sfl.core.task import Task
 from sfl.errors import CompositionError, ConfigError, check_rules, nearest
+from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.contexts import CLIENT_CONTEXT, check_server_kit, kit_cipher, scheme_of, shared_out
 from sfl.privacy.he.packing import LAYOUT, Layout, is_sealed
-from sfl.privacy.he.scheme import Cipher, Scheme
+from sfl.privacy.he.scheme import Scheme
 from sfl.types import Array, Parameters, StateTree
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class CKKS(SecureSum):
 
     def require(self, cohort: int) -> None:
         """See ``SecureSum.require``."""
-        Cipher.fresh(self.scheme)  # asked for before a run needs it
+        Cipher(self.scheme)  # asked for before a run needs it
         if cohort < 2:
             raise CompositionError(
                 f"homomorphic encryption must have rounds of at least 2 sites, got {cohort}: the sum of one hides "

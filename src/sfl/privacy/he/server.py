@@ -13,8 +13,8 @@ from sfl.core.aggregator import WeightedMean, sum_dtype
 from sfl.core.secure import Exchanging, Step, Summing, Total
 from sfl.core.task import SERVER, Task, Update
 from sfl.errors import ProtocolError, RoundError
+from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.packing import LAYOUT, Layout, framed, parts_of
-from sfl.privacy.he.scheme import Cipher
 from sfl.types import Array, Parameters
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class _Sum:
     cipher: Cipher
     layout: Layout
     plain: Parameters
-    like: Any
+    scale_bits: int
     blocks: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
     sites: list[str] = field(default_factory=list[str])
 
@@ -45,7 +45,7 @@ class _Sum:
         check.check_structure(update.site, self._plain(update), self.plain, partial=True)
         for block, name in enumerate(self.layout.block_names):
             for part in parts_of(delta[name], self.layout.rows(block)):
-                self.cipher.add(self.cipher.loaded(part), self.like)
+                self.cipher.loaded(part, self.scale_bits)
 
     def _plain(self, update: Update) -> Parameters:
         names = set(self.layout.block_names)
@@ -55,12 +55,13 @@ class _Sum:
         """Add the ciphertexts of updates, and pass on what they hold beside them."""
         for update in updates:
             for block, name in enumerate(self.layout.block_names):
-                parts = [self.cipher.loaded(part) for part in parts_of(update.delta[name], self.layout.rows(block))]
-                if name not in self.blocks:
-                    self.blocks[name] = parts
-                else:
-                    for total, part in zip(self.blocks[name], parts, strict=True):
-                        self.cipher.add(total, part)
+                totals, rows = self.blocks.setdefault(name, []), self.layout.rows(block)
+                for row, part in enumerate(parts_of(update.delta[name], rows)):
+                    loaded = self.cipher.loaded(part, self.scale_bits)
+                    if row == len(totals):
+                        totals.append(loaded)
+                    else:
+                        self.cipher.add(totals[row], loaded)
             self.sites.append(update.site)
             yield replace(update, delta=self._plain(update))
             del update
@@ -68,7 +69,7 @@ class _Sum:
     def packed(self) -> Parameters:
         """The sum as it travels; each block is let go as soon as it is packed."""
         return {
-            name: framed([bytes(part.serialize()) for part in self.blocks.pop(name)])
+            name: framed([self.cipher.packed(part) for part in self.blocks.pop(name)])
             for name in self.layout.block_names
         }
 
@@ -77,9 +78,8 @@ def summing(secure: CKKS, task: Task, cohort: Sequence[str], expected: Parameter
     """See ``SecureSum.summing``."""
     layout = secure.layout(secure.like(dict(task.parameters)), expected)
     closed = {name for name, _, _ in layout.closed}
-    cipher = Cipher.fresh(secure.scheme)
-    like = cipher.loaded(cipher.encrypted(np.zeros(layout.slots), secure.scale_bits))
-    total = _Sum(cipher, layout, {name: value for name, value in expected.items() if name not in closed}, like)
+    plain = {name: value for name, value in expected.items() if name not in closed}
+    total = _Sum(Cipher(secure.scheme), layout, plain, secure.scale_bits)
     number = task.round
     mean = WeightedMean().aggregate(total.taken((yield Step(dict.fromkeys(cohort, task), total.check))))
     del task

@@ -13,8 +13,8 @@ from sfl.core.check import check_finite
 from sfl.core.secure import Keeper, SecureSite
 from sfl.core.task import FIT, Task, Update
 from sfl.errors import ProtocolError
+from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.packing import HEAD, Layout, framed, is_sealed, parts_of
-from sfl.privacy.he.scheme import Cipher
 from sfl.privacy.he.server import OPEN
 from sfl.privacy.noise import add_multiples, secret
 from sfl.types import Array, Parameters
