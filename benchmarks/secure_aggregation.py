@@ -1,8 +1,8 @@
-"""What secure aggregation costs: CPU-seconds and bytes, per site and on the server, against plain sums in one run.
+"""What secure sums cost: CPU-seconds and bytes, per site and on the server, against plain sums in one run.
 
     python benchmarks/secure_aggregation.py [--sites 2,5,10,20,50,100] [--parameters 1000000] [--lost 0.05]
 
-Each row is one round over all sites in this process, so that CPU time is that of the protocol alone: no training, no
+Secure aggregation by masks, and homomorphic encryption, with a key that sites share and with a holder. Each row is one round over all sites in this process, so that CPU time is that of the protocol alone: no training, no
 wire. Plain is the same updates through the streaming mean. Larger federations stand for themselves by their graph: one
 site's work among so many is measured, and rounds are drawn to count those whose sum could not be opened.
 """
@@ -23,9 +23,11 @@ import numpy as np
 
 from sfl.core import arrays
 from sfl.core.aggregator import WeightedMean
-from sfl.core.secure import Step
-from sfl.core.task import FIT, Task, Update
+from sfl.core.secure import SecureSum, Step
+from sfl.core.task import EVALUATE, FIT, Task, Update
 from sfl.io.site_store import SecretStore
+from sfl.privacy.he import CKKS
+from sfl.privacy.he.server import OPEN
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.graph import arranged, degree, neighbours
 
@@ -39,19 +41,21 @@ class Cost:
     site: float = 0.0
     server: float = 0.0
     up: int = 0
+    fit_up: int = 0
     down: int = 0
+    opening: float = 0.0
     largest: float = 0.0
     by_step: dict[str, float] = field(default_factory=dict[str, float])
 
 
-def secure_round(n: int, size: int, lost: int) -> Cost:
+def secure_round(secure: SecureSum, n: int, size: int, lost: int) -> Cost:
     """One round of n sites, of which some are lost after they have shared their secrets out."""
-    secure, cost = SecAgg(), Cost()
+    secure, cost = secure.among(2, n), Cost()
     names = [f"site-{number:05d}" for number in range(n)]
-    expected = {"w": np.broadcast_to(np.zeros((), np.float32), (size,))}
+    expected = {"w": np.zeros(size, np.float32)}
     delta = {"w": (np.random.default_rng(0).normal(size=size) * 0.01).astype(np.float32)}
     sites = {name: secure.site(name, SecretStore(None)) for name in names}
-    summing = secure.summing(Task(FIT, 1, {}, {"seed": 0}), names, expected, secure.begin(expected))
+    summing = secure.summing(Task(FIT, 1, expected, {"seed": 0}), names, expected, secure.begin(expected))
     working = 0.0
 
     def answers(step: Step) -> Iterator[Update]:
@@ -68,8 +72,9 @@ def secure_round(n: int, size: int, lost: int) -> Cost:
             spent = time.process_time() - started
             working += spent
             cost.by_step[task.name] = cost.by_step.get(task.name, 0.0) + spent
-            cost.down += arrays.nbytes(task.travels)
+            cost.down += arrays.nbytes(task.travels) if task.name != FIT else 0
             cost.up += arrays.nbytes(answer.delta)
+            cost.fit_up += arrays.nbytes(answer.delta) if task.name == FIT else 0
             step.check(answer)
             yield answer
 
@@ -82,7 +87,13 @@ def secure_round(n: int, size: int, lost: int) -> Cost:
         total = end.value
     cost.server = time.process_time() - started - working
     cost.site = working / n
-    cost.largest = float(np.abs(total.mean.delta["w"] - delta["w"]).max())
+    mean, site = total.mean.delta, sites[names[-1]]
+    if secure.seals:
+        cost.down = n * arrays.nbytes(mean)
+        started = time.process_time()
+        mean = dict(site.opened(Task(EVALUATE, 1, mean)).parameters)
+        cost.opening = time.process_time() - started
+    cost.largest = float(np.abs(mean["w"] - delta["w"]).max())
     return cost
 
 
@@ -94,9 +105,9 @@ def plain_round(n: int, size: int) -> float:
     return time.process_time() - started
 
 
-def median_round(n: int, size: int, lost: int, times: int) -> Cost:
+def median_round(secure: SecureSum, n: int, size: int, lost: int, times: int) -> Cost:
     """The round whose server took the median time."""
-    rounds = sorted((secure_round(n, size, lost) for _ in range(times)), key=lambda one: one.server)
+    rounds = sorted((secure_round(secure, n, size, lost) for _ in range(times)), key=lambda one: one.server)
     middle = rounds[times // 2]
     middle.site = statistics.median(one.site for one in rounds)
     return middle
@@ -151,7 +162,7 @@ def main() -> None:
     size, rows = args.parameters, list[dict[str, Any]]()
     for n in map(int, args.sites.split(",")):
         for lost in sorted({0, round(args.lost * n)}):
-            cost = median_round(n, size, lost, args.times)
+            cost = median_round(SecAgg(), n, size, lost, args.times)
             plain = statistics.median(plain_round(n, size) for _ in range(args.times))
             rows.append(
                 {
@@ -166,16 +177,87 @@ def main() -> None:
     for graph in graphs:
         graph["CPU-s a site"] = site_among(graph["sites"], size)
         print(json.dumps(graph), flush=True)
-    write(rows, graphs, size)
+    encrypted = [row for n in map(int, args.sites.split(",")) for row in encrypted_rows(n, size, args.times)]
+    write(rows, graphs, encrypted, layer_rows(args.times), size)
 
 
-def write(rows: list[dict[str, Any]], graphs: list[dict[str, Any]], size: int) -> None:
+def encrypted_rows(n: int, size: int, times: int) -> list[dict[str, Any]]:
+    """A round of n sites, with a key that they share, and with a holder."""
+    plain = statistics.median(plain_round(n, size) for _ in range(times))
+    found = list[dict[str, Any]]()
+    for keys, secure in (("shared", CKKS()), ("holder", CKKS(holder="site-00000"))):
+        cost = median_round(secure, n, size, 0, times)
+        found.append(
+            {
+                "sites": n, "keys": keys,
+                "CPU-s to encrypt": cost.by_step[FIT] / n, "CPU-s to decrypt": cost.opening or cost.by_step[OPEN],
+                "CPU-s server": cost.server, "CPU-s server, plain": plain,
+                "bytes up": cost.fit_up // n,
+                "bytes down": cost.down // n if secure.seals else 4 * size, "plain bytes": 4 * size,
+                "largest error": cost.largest,
+            }
+        )  # fmt: skip
+        print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def layer_rows(times: int) -> list[dict[str, Any]]:
+    """What a site pays for fewer arrays of ESM2 with 8 million parameters, and what the server then sees."""
+    rows = list[dict[str, Any]]()
+    model = esm2_shapes()
+    for what, layers in (
+        ("all", None), ("attention", r"attention"), ("last two blocks", r"layer\.[45]\."),
+        ("language-model head", r"lm_head"), ("biases and norms", r"bias|LayerNorm"),
+    ):  # fmt: skip
+        secure = CKKS(layers=layers).among(2, 10)
+        site = secure.site("a", SecretStore(None))
+        spent, nbytes = list[float](), 0
+        for _ in range(times):
+            started = time.process_time()
+            site.opened(Task(FIT, 1, model))
+            sent = site.closed(Update("a", dict(model), 1.0), Task(FIT, 1, model), model).delta
+            spent.append(time.process_time() - started)
+            nbytes = arrays.nbytes(sent)
+        whole, closed = arrays.num_parameters(model), secure.chosen(model)
+        rows.append(
+            {
+                "encrypted": what, "regular expression": layers or "",
+                "share of the numbers": sum(model[name].size for name in closed) / whole,
+                "CPU-s a site": statistics.median(spent), "bytes up": nbytes,
+                "times plain": nbytes / arrays.nbytes(model),
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def esm2_shapes() -> dict[str, Any]:
+    """Arrays of the shapes and names of ESM2 with 8 million parameters."""
+    from transformers import EsmConfig, EsmForMaskedLM
+
+    config = EsmConfig(
+        vocab_size=33, hidden_size=320, num_hidden_layers=6, num_attention_heads=20, intermediate_size=1280,
+        position_embedding_type="rotary", pad_token_id=1, mask_token_id=32,
+    )  # fmt: skip
+    return {name: value.detach().numpy() for name, value in EsmForMaskedLM(config).named_parameters()}
+
+
+def write(
+    rows: list[dict[str, Any]],
+    graphs: list[dict[str, Any]],
+    encrypted: list[dict[str, Any]],
+    layers: list[dict[str, Any]],
+    size: int,
+) -> None:
     day = f"{datetime.now(UTC):%Y-%m-%d}"
     lines = [
-        "# What secure aggregation costs",
+        "# What secure sums cost",
         "",
-        f"{size:,} parameters as words of 32 bits, {day}; one core, CPU time, medians. Bytes down leave out the model,",
-        "which is the same with and without.",
+        f"{size:,} parameters, {day}; one core, CPU time, medians.",
+        "",
+        "## Secure aggregation by masks",
+        "",
+        "Words of 32 bits. Bytes down leave out the model, which is the same with and without.",
         "",
         *table(rows),
         "",
@@ -184,9 +266,22 @@ def write(rows: list[dict[str, Any]], graphs: list[dict[str, Any]], size: int) -
         "and what masking costs one site.",
         "",
         *table(graphs),
+        "",
+        "## Homomorphic encryption",
+        "",
+        "Bytes are of one site and one round. With a shared key a site decrypts the model that it is sent; with a",
+        "holder that one site decrypts, and what goes down is the model in the clear.",
+        "",
+        *table(encrypted),
+        "",
+        "What a site pays for encrypting some arrays of ESM2 with 8 million parameters; the server sees the others.",
+        "",
+        *table(layers),
     ]
     (RESULTS / "secure_aggregation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (RESULTS / "secure_aggregation.json").write_text(json.dumps({"rounds": rows, "graphs": graphs}, indent=1) + "\n")
+    (RESULTS / "secure_aggregation.json").write_text(
+        json.dumps({"rounds": rows, "graphs": graphs, "encrypted": encrypted, "layers": layers}, indent=1) + "\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -196,7 +291,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *body]
 
 
-def shown(value: float) -> str:
+def shown(value: float | str) -> str:
+    if isinstance(value, str):
+        return f"`{value}`" if set(value) & set("\\|") else value
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
