@@ -23,9 +23,12 @@ import numpy as np
 from sfl.client.base import BaseFederatedClient
 from sfl.core.aggregator import Aggregator
 from sfl.core.rng import public
+from sfl.core.secure import SecureSum
 from sfl.env import environment
 from sfl.errors import SflError
 from sfl.io.tree import pack_tree
+from sfl.privacy.he import CKKS
+from sfl.privacy.secagg import SecAgg
 from sfl.recipe import (
     CyclicRecipe,
     DittoRecipe,
@@ -44,6 +47,7 @@ from sfl.types import ClientUpdate, Config, Evaluation, FederationConfig, Parame
 RESULTS = Path(__file__).parent / "results"
 ENGINES = ("flower", "nvflare", "flower-deploy", "nvflare-poc", "flower-in-nvflare")
 SITES, ROUNDS, STEPS, RATE = 5, 3, 4, 0.05
+SAME, WITHIN = "same bits", 1e-6
 
 Cell = dict[str, Any]
 Make = Callable[[], FedAvgRecipe]
@@ -140,10 +144,15 @@ ALGORITHMS: dict[str, Make] = {
     "trimmed-mean": robust(TrimmedMean(ratio=0.2)),
     "geometric-median": robust(GeometricMedian()),
     "centered-clipping": robust(CenteredClipping(radius=0.5)),
-    "llm, LoRA": speeches(),
-    "llm, LoRA, exact": speeches(lora_aggregation="exact", lora_ranks="8,8,4,4,2"),
-    "llm, prompt": speeches(peft="prompt"),
-    "llm, whole, int8": speeches(peft="none", message_dtype="int8"),
+    "fedavg secagg": made(FedAvgRecipe, secure=SecAgg()),
+    "scaffold secagg": made(ScaffoldRecipe, secure=SecAgg(bits=40)),
+    "fedavg he": made(FedAvgRecipe, secure=CKKS()),
+    "ditto he some-layers": made(DittoRecipe, personal_lambda=0.5, secure=CKKS(layers="w|bias")),
+    "fedadam he holder": made(FedOptRecipe, optimizer="adam", server_learning_rate=0.1, secure=CKKS(holder="site-2")),
+    "llm lora": speeches(),
+    "llm lora exact": speeches(lora_aggregation="exact", lora_ranks="8,8,4,4,2"),
+    "llm prompt": speeches(peft="prompt"),
+    "llm whole int8": speeches(peft="none", message_dtype="int8"),
 }
 
 
@@ -153,27 +162,42 @@ def state_of(result: RunResult) -> dict[str, tuple[bytes, bytes]]:
     return {name: pack_tree(getattr(result.state, name)) for name in names}
 
 
-def figures_of(result: RunResult) -> list[object]:
-    """All that a run reports, without times."""
+def figures_of(result: RunResult, *, nbytes: bool = True) -> list[object]:
+    """All that a run reports, without times, and without bytes if they are not the same for all."""
+    bare = {} if nbytes else {"nbytes": 0}
+    whole = {} if nbytes else {"bytes_up": 0, "bytes_down": 0}
     return [
-        replace(entry, seconds={}, sites=tuple(replace(site, seconds=0.0) for site in entry.sites))
+        replace(entry, seconds={}, sites=tuple(replace(site, seconds=0.0, **bare) for site in entry.sites), **whole)
         for entry in result.rounds
     ]
 
 
-def verdict(there: RunResult, here: RunResult) -> str:
-    """What differs between a run on an engine and the one in-process."""
+def verdict(there: RunResult, here: RunResult, secure: SecureSum | None = None) -> str:
+    """What differs between a run on an engine and the one in-process.
+
+    Under secure sums the keys of a run are its own: compared are the parameters, and figures without bytes. Ciphertexts
+    are random, so that their sums are the same within an error.
+    """
+    if isinstance(secure, CKKS):
+        theirs, ours = there.open(), here.open()
+        error = max(float(np.abs(theirs[name] - value).max()) for name, value in ours.items())
+        return f"within {WITHIN:g}" if error <= WITHIN else f"differs by {error:.2g}"
+    if secure is not None:
+        wrong = ["parameters"] if pack_tree(there.parameters) != pack_tree(here.parameters) else []
+        wrong += ["figures"] if figures_of(there, nbytes=False) != figures_of(here, nbytes=False) else []
+        return f"differs: {', '.join(wrong)}" if wrong else SAME
     theirs, ours = state_of(there), state_of(here)
     wrong = [name for name in ours if theirs[name] != ours[name]]
     wrong += ["figures"] if figures_of(there) != figures_of(here) else []
-    return f"differs: {', '.join(wrong)}" if wrong else "same bits"
+    return f"differs: {', '.join(wrong)}" if wrong else SAME
 
 
 def cell(engine: str, make: Make, here: RunResult) -> Cell:
     """One run on an engine."""
     started = time.monotonic()
     try:
-        said = verdict(make().execute(environment(engine, device="cpu")), here)
+        recipe = make()
+        said = verdict(recipe.execute(environment(engine, device="cpu")), here, recipe.secure)
     except SflError as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return {"said": said, "seconds": round(time.monotonic() - started, 1), "when": f"{datetime.now(UTC):%Y-%m-%d}"}
@@ -182,13 +206,14 @@ def cell(engine: str, make: Make, here: RunResult) -> Cell:
 def table(cells: Mapping[str, Mapping[str, Cell]]) -> str:
     """The results as Markdown."""
     every = [found for row in cells.values() for found in row.values()]
-    same = sum(found["said"] == "same bits" for found in every)
+    same, near = (sum(found["said"] == said for found in every) for said in (SAME, f"within {WITHIN:g}"))
     last = max(found["when"] for found in every)
     lines = [
         "# Every algorithm on every engine",
         "",
         f"{SITES} sites, {ROUNDS} rounds, engines as real processes; {same} of {len(every)} runs gave the bits and",
-        f"figures of the run in-process. Last run: {last}. `python benchmarks/parity.py`",
+        f"figures of the run in-process, {near} encrypted ones its numbers within {WITHIN:g}. Last run: {last}.",
+        "`python benchmarks/parity.py`",
         "",
         f"| `--algorithm` | {' | '.join(ENGINES)} |",
         "|---|" + "---|" * len(ENGINES),

@@ -2,9 +2,10 @@
 
     python benchmarks/secure_aggregation.py [--sites 2,5,10,20,50,100] [--parameters 1000000] [--lost 0.05]
 
-Secure aggregation by masks, and homomorphic encryption, with a key that sites share and with a holder. Each row is one round over all sites in this process, so that CPU time is that of the protocol alone: no training, no
-wire. Plain is the same updates through the streaming mean. Larger federations stand for themselves by their graph: one
-site's work among so many is measured, and rounds are drawn to count those whose sum could not be opened.
+Secure aggregation by masks, and homomorphic encryption, with a key that sites share and with a holder. Each row is one
+round over all sites in this process, so that CPU time is that of the protocol alone: no training, no wire. Plain is the
+same updates through the streaming mean. Larger federations stand for themselves by their graph: one site's work among
+so many is measured, and rounds are drawn to count those whose sum could not be opened.
 """
 
 from __future__ import annotations

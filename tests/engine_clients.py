@@ -63,6 +63,11 @@ def large() -> Parameters:
     return {"w": np.random.default_rng(1).normal(size=(9 << 20,))}
 
 
+def middling() -> Parameters:
+    """Many parts of what comes home through a log."""
+    return {"w": np.random.default_rng(1).normal(size=(1 << 20,))}
+
+
 class Dies(Remembers):
     """The process of site 0 dies in round two, once; ``marker`` says that it has."""
 

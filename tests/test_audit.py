@@ -474,7 +474,7 @@ def test_the_command_audits_a_real_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["flower"])
+@pytest.mark.parametrize("backend", ["nvflare"])
 def test_an_audit_runs_on_a_foreign_engine(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Even:
         """Half of the coins fall on heads, so that who guesses half of them in can be right about all."""

@@ -112,4 +112,4 @@ def wait_until(folder: Path, holds: Callable[[str], bool], within: float = 120.0
         if holds(done.stdout):
             return
         assert time.monotonic() < deadline, done.stdout + done.stderr
-        time.sleep(1.0)
+        time.sleep(4.0)

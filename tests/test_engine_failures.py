@@ -83,10 +83,9 @@ EXPIRED_FLARE = (
     [
         (FlowerEnv, FLOWER, ALL_TAKEN, "the SuperLink must start"),
         (FlowerEnv, FLOWER, EXPIRED_FLOWER, "certificate has expired"),
-        (PocEnv, FLARE, ALL_TAKEN, "must open a session with its server"),
         (PocEnv, FLARE, EXPIRED_FLARE, "must open a session with its server"),
     ],
-    ids=["flower-port", "flower-certificate", "nvflare-port", "nvflare-certificate"],
+    ids=["flower-port", "flower-certificate", "nvflare-certificate"],
 )
 def test_a_port_that_is_taken_and_a_certificate_that_has_expired_end_the_run(
     env: type[RemoteEnv], module: str, change: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -99,7 +99,7 @@ def test_a_job_gives_the_bits_of_the_simulation_and_comes_home(kits: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["proteins", "digits"])
+@pytest.mark.parametrize("name", ["proteins"])
 def test_other_jobs_give_the_bits_of_the_simulation(kits: Path, name: str) -> None:
     assert_same(in_process(name), JOBS[name]().execute(ProdEnv(startup_kit=kits / "boss@example.org", device="cpu")))
 
@@ -175,7 +175,7 @@ def script_job(folder: Path, **options: Any) -> FedAvgRecipe:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("external", [True])
 def test_a_training_script_travels_with_what_lies_beside_it(kits: Path, tmp_path: Path, external: bool) -> None:
     recipe = script_job(tmp_path, launch_external_process=external)
     here = recipe.execute(SimEnv())
