@@ -1,6 +1,6 @@
 """What becomes of LoRA's factors on the server: averaged, their products averaged exactly, or A frozen.
 
-``python benchmarks/lora_aggregation.py [rates] [ways] [ranks] [splits] [cost]``: each writes its own part of
+``python benchmarks/lora_aggregation.py [rates] [ways] [ranks] [splits] [whole] [cost]``: each writes its own part of
 ``results/lora_aggregation.json``, from which the tables are written (``tables`` writes them anew). A small GPT-2 of
 characters, trained for a minute on the plays of ``data/speeches``, is fine-tuned by four sites on four other plays.
 ``TASKS`` says how a task makes a recipe: that is all that another model has to bring.
@@ -230,7 +230,25 @@ def small(setting: Setting) -> FedAvgRecipe:
     )
 
 
-TASKS: dict[str, Callable[[Setting], FedAvgRecipe]] = {"small": small}
+def bundled(setting: Setting) -> FedAvgRecipe:
+    """What ``sfl run llm`` does: the bundled model and plays, rank 8 on the modules that peft knows."""
+    from sfl.llm.config import LLMClientConfig, LLMRunConfig
+    from sfl.llm.model import BUNDLED, find_model
+    from sfl.llm.server import llm_recipe
+
+    partition = "key:work" if setting.sites == "play" else "iid"
+    federation = FederationConfig(
+        num_clients=SITES, num_rounds=STEPS // setting.steps, seed=setting.seed, partition=partition
+    )
+    client = LLMClientConfig(
+        learning_rate=setting.rate, batch_size=8, local_steps=setting.steps, block_size=64, eval_documents=64,
+        lora_aggregation=setting.kind,
+    )  # fmt: skip
+    recipe = llm_recipe(LLMRunConfig(federation=federation, client=client), find_model(BUNDLED))
+    return replace(recipe, evaluate_every="end")
+
+
+TASKS: dict[str, Callable[[Setting], FedAvgRecipe]] = {"small": small, "bundled": bundled}
 
 
 # What is measured
@@ -253,8 +271,8 @@ def measured(setting: Setting, task: str = "small") -> dict[str, float]:
     return row
 
 
-def repeated(setting: Setting) -> dict[str, Any]:
-    found = [measured(replace(setting, seed=seed)) for seed in SEEDS]
+def repeated(setting: Setting, task: str = "small") -> dict[str, Any]:
+    found = [measured(replace(setting, seed=seed), task) for seed in SEEDS]
     losses = [row["loss"] for row in found]
     said = {n: statistics.mean(row[n] for row in found) for n in found[0] if n != "loss"}
     return {"loss": statistics.mean(losses), "spread": statistics.stdev(losses), **said}
@@ -290,6 +308,19 @@ def ranks() -> Any:
         | repeated(Setting(kind=kind, rate=best_rate(kind), ranks=uneven, back=back))
         for kind in ("mean", "exact")
         for back in (False, True)
+    ]
+
+
+def whole() -> Any:
+    """The three ways on the bundled model, each at the best of three learning rates."""
+    tried = {
+        k: {r: measured(Setting(kind=k, rate=r, seed=100, steps=24), "bundled")["loss"] for r in RATES} for k in KINDS
+    }
+    return [
+        {"kind": k, "steps": steps, "rate": rate} | repeated(Setting(kind=k, rate=rate, steps=steps), "bundled")
+        for k, losses in tried.items()
+        for rate in [min(losses, key=losses.__getitem__)]
+        for steps in (24, 48)
     ]
 
 
@@ -407,6 +438,19 @@ def splits_table(found: Any) -> list[str]:
     return ["How the exact rule shares singular values out (by play):\n", table(head, rows)]
 
 
+def whole_table(found: Any) -> list[str]:
+    rows: list[list[Any]] = []
+    for r in found:
+        figures = [percent(r, name) for name in (MEAN_ERROR, TRUNCATION)]
+        rows.append([r["kind"], r["steps"], f"{r['rate']:g}", loss_of(r), *figures, f"{r['bytes'] / 1e3:.0f} kB"])
+    said = (
+        f"The bundled model on the bundled plays, a play a site, as `sfl run llm` trains it: rank 8, {SITES} sites, "
+        f"{STEPS} steps of 8 × 64 tokens per site in all; nats per token on plays that no site has:\n"
+    )
+    head = ["aggregation", "local steps", "rate", "loss", f"`{MEAN_ERROR}`", f"`{TRUNCATION}`", "a site's update"]
+    return [said, table(head, rows)]
+
+
 def cost_table(found: Any) -> list[str]:
     rows = [
         [r["sites"], r["rank"], r["width"], f"{r['seconds']:.3f}", f"{r['dense']:.2f}" if r["dense"] else "—"]
@@ -421,9 +465,17 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "ways": ways_table,
     "ranks": ranks_table,
     "splits": splits_table,
+    "whole": whole_table,
     "cost": cost_table,
 }
-PARTS: dict[str, Callable[[], Any]] = {"rates": rates, "ways": ways, "ranks": ranks, "splits": splits, "cost": cost}
+PARTS: dict[str, Callable[[], Any]] = {
+    "rates": rates,
+    "ways": ways,
+    "ranks": ranks,
+    "splits": splits,
+    "whole": whole,
+    "cost": cost,
+}
 
 
 def main(names: list[str]) -> None:
