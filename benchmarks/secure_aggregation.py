@@ -56,7 +56,9 @@ def secure_round(secure: SecureSum, n: int, size: int, lost: int) -> Cost:
     expected = {"w": np.zeros(size, np.float32)}
     delta = {"w": (np.random.default_rng(0).normal(size=size) * 0.01).astype(np.float32)}
     sites = {name: secure.site(name, SecretStore(None)) for name in names}
-    summing = secure.summing(Task(FIT, 1, expected, {"seed": 0}), names, expected, secure.begin(expected))
+    summing = secure.summing(
+        Task(FIT, 1, expected, {"seed": 0}), names, expected, secure.begin(expected, expected, names)
+    )
     working = 0.0
 
     def answers(step: Step) -> Iterator[Update]:

@@ -53,7 +53,7 @@ class Federation:
         self.sites: dict[str, SecAggSite] = {
             name: self.secure.site(name, SecretStore(None), self.identities.get(name)) for name in self.names
         }
-        self.memory = self.secure.begin(self.expected)
+        self.memory = self.secure.begin(self.expected, self.expected, self.names)
         self.masked: dict[str, Parameters] = {}
         self.refused: dict[str, str] = {}
 

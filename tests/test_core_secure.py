@@ -26,7 +26,7 @@ class Plain(SecureSum):
     def require(self, cohort: int) -> None:
         """Any."""
 
-    def begin(self, model: Parameters) -> StateTree:
+    def begin(self, model: Parameters, sent: Parameters, sites: Sequence[str]) -> StateTree:
         return {}
 
     def summing(self, task: Task, cohort: Sequence[str], expected: Parameters, memory: StateTree) -> Summing:

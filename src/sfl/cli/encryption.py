@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 from sfl.errors import ConfigError
 
 __all__ = ["keys", "open_model"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,62}")
+_SERVER = "server"
 
 
 def keys(sites: str, *, out: Path = Path("he-keys"), holder: str = "") -> int:
@@ -22,12 +26,15 @@ def keys(sites: str, *, out: Path = Path("he-keys"), holder: str = "") -> int:
     from sfl.privacy.he.contexts import CLIENT_CONTEXT, SERVER_CONTEXT, make_contexts
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names) or any("/" in name or name.startswith(".") for name in names):
-        raise ConfigError(f"sites must be names, each once, separated by commas, got {sites!r}.")
-    if out.exists() and any(out.iterdir()):
+    if not names or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)) or _SERVER in names:
+        raise ConfigError(
+            f"sites must be names of letters, digits and . @ _ -, each once, separated by commas, and none of them "
+            f"{_SERVER}, got {sites!r}."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out must be a new or empty folder, got {out}. Choose another: keys are not written over.")
     server, contexts = make_contexts(names, holder)
-    write_secret(out / "server" / SERVER_CONTEXT, server)
+    write_secret(out / _SERVER / SERVER_CONTEXT, server)
     for name, content in contexts.items():
         write_secret(out / name / CLIENT_CONTEXT, content)
     who = f"{holder} can decrypt" if holder else "every site can decrypt"

@@ -169,11 +169,16 @@ class SecureSum(ABC):
         )
 
     @abstractmethod
-    def begin(self, model: Parameters) -> StateTree:
-        """What the server remembers of a new run that starts from ``model``; goes into its checkpoints.
+    def begin(self, model: Parameters, sent: Parameters, sites: Sequence[str]) -> StateTree:
+        """What the server remembers of a new run; goes into its checkpoints.
+
+        Args:
+            model: Where it starts.
+            sent: What updates may hold, as arrays like it.
+            sites: Names of the sites that are there.
 
         Raises:
-            ConfigError: If it does not fit such a model.
+            ConfigError: If it does not fit such a run.
         """
 
     def check_server(self, kit: Path) -> None:  # noqa: B027 - most leave nothing with a server

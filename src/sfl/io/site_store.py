@@ -53,9 +53,7 @@ class SecretStore:
         Without folders it lies in this process alone.
         """
         if self._path is None:
-            if name not in _COMMON:
-                _COMMON[name] = make()
-            return _COMMON[name]
+            return _COMMON.get(name) or _COMMON.setdefault(name, make())
         path = self._path.parent.parent / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,8 @@ class Run:
             sent = self.job.program.chain.sends(carried)
             remembers = self.job.aggregator.init(carried)
             secure = self.job.program.secure
-            begun_secure = secure.begin(dict(state.parameters)) if secure is not None else None
+            model = dict(state.parameters)
+            begun_secure = secure.begin(model, sent, self.clients) if secure is not None else None
             chain = self.job.server_chain.init(sent)
             state = replace(state, mechanisms=chain, aggregator=remembers, secure=begun_secure)
         else:

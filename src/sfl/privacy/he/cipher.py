@@ -6,8 +6,10 @@ what they are made of (``tenseal.sealapi``) needs a quarter of their bytes and h
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -34,7 +36,7 @@ class Cipher:
 
     def __init__(self, scheme: Scheme, data: bytes = b"") -> None:
         seal = _library("tenseal.sealapi")
-        self.scheme, self._data, self._seal, self._scratch = scheme, data, seal, _Scratch()
+        self.scheme, self._data, self._seal = scheme, data, seal
         parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
         parameters.set_poly_modulus_degree(scheme.degree)
         parameters.set_coeff_modulus(seal.CoeffModulus.Create(scheme.degree, list(scheme.moduli)))
@@ -46,7 +48,6 @@ class Cipher:
         own = self._secret if scheme.symmetric else self._public
         self._encryptor: Any = None if own is None else seal.Encryptor(self._context, own)
         self._decryptor: Any = None if self._secret is None else seal.Decryptor(self._context, self._secret)
-        self._plain = seal.Plaintext()
 
     @classmethod
     def fresh(cls, scheme: Scheme) -> Cipher:
@@ -111,12 +112,12 @@ class Cipher:
 
     def encrypted(self, values: Array, scale_bits: int) -> bytes:
         """A ciphertext of a full row of float64 numbers."""
-        self._encoder.encode(values.view(np.complex128).tolist(), 2.0**scale_bits, self._plain)
+        plain, made = self._seal.Plaintext(), self._seal.Ciphertext()
+        self._encoder.encode(values.view(np.complex128).tolist(), 2.0**scale_bits, plain)
         if self.scheme.symmetric:
-            return self._saved(self._encryptor.encrypt_symmetric(self._plain))
-        made = self._seal.Ciphertext()
-        self._encryptor.encrypt(self._plain, made)
-        return self._saved(made)
+            return _saved(self._encryptor.encrypt_symmetric(plain))
+        self._encryptor.encrypt(plain, made)
+        return _saved(made)
 
     def loaded(self, data: bytes, scale_bits: int) -> Any:
         """A ciphertext that has come.
@@ -131,11 +132,18 @@ class Cipher:
 
     def add(self, total: Any, more: Any) -> None:
         """Add one ciphertext to another, in its place."""
-        self._evaluator.add_inplace(total, more)
+        try:
+            self._evaluator.add_inplace(total, more)
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # SEAL adds, and then dislikes a sum of nothing: two sites have sent opposites
+            if not total.is_transparent():
+                raise
 
     def packed(self, ciphertext: Any) -> bytes:
         """A ciphertext as it travels."""
-        return self._saved(ciphertext)
+        return _saved(ciphertext)
 
     def decrypted(self, data: bytes) -> Array:
         """The numbers of a ciphertext, in float64.
@@ -143,8 +151,9 @@ class Cipher:
         Raises:
             ProtocolError: If it is none.
         """
-        self._decryptor.decrypt(self._read(data), self._plain)
-        return np.asarray(self._encoder.decode_complex(self._plain), np.complex128).view(np.float64)
+        plain = self._seal.Plaintext()
+        self._decryptor.decrypt(self._read(data), plain)
+        return np.asarray(self._encoder.decode_complex(plain), np.complex128).view(np.float64)
 
     def _read(self, data: bytes) -> Any:
         """A ciphertext of two polynomials at the one level that there is.
@@ -156,25 +165,20 @@ class Cipher:
         try:
             if len(data) > _MOST:
                 raise ValueError("it is too long")
-            self._scratch.write(data)
-            found.load(self._context, self._scratch.path)
-            if found.size() != 2 or list(found.parms_id()) != list(self._context.first_parms_id()):
-                raise ValueError("it has other parameters")
+            found.load(self._context, _scratch().written(data))
+            ours = found.size() == 2 and list(found.parms_id()) == list(self._context.first_parms_id())
+            if not ours or not found.is_ntt_form() or found.is_transparent():
+                raise ValueError("it has other parameters, another form, or nothing in it")
         except (ValueError, RuntimeError) as error:
             raise ProtocolError(
                 f"a ciphertext must be one under the job's parameters, got another: {error}."
             ) from error
         return found
 
-    def _saved(self, thing: Any) -> bytes:
-        thing.save(self._scratch.path)
-        return self._scratch.read()
-
     def _key(self, key: Any, data: bytes | None) -> Any:
         if data is None:
             return None
-        self._scratch.write(data)
-        key.load(self._context, self._scratch.path)
+        key.load(self._context, _scratch().written(data))
         return key
 
 
@@ -184,40 +188,44 @@ def _serialized(context: Any, *, secret: bool, public: bool) -> bytes:
     )
 
 
+def _saved(thing: Any) -> bytes:
+    scratch = _scratch()
+    thing.save(scratch.path)
+    return scratch.read()
+
+
 class _Scratch:
-    """A file in memory: SEAL reads and writes files alone."""
+    """A file in memory: SEAL reads and writes files alone. A thread has one."""
 
     def __init__(self) -> None:
-        self._file = -1
-        self._process = 0
+        self.process = os.getpid()
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("sfl-he", os.MFD_CLOEXEC)
+            self.path = f"/proc/self/fd/{self._file}"
+        else:
+            self._file, self.path = tempfile.mkstemp(prefix="sfl-he-")
+            atexit.register(os.unlink, self.path)
 
-    @property
-    def path(self) -> str:
-        """Its name; another in a process that was forked off."""
-        if self._process != os.getpid():
-            if hasattr(os, "memfd_create"):
-                self._file = os.memfd_create("sfl-he", os.MFD_CLOEXEC)
-            else:
-                self._file, path = tempfile.mkstemp()
-                os.unlink(path)  # noqa: PTH108 - of a file that is open
-            self._process = os.getpid()
-        return f"/dev/fd/{self._file}"
-
-    def write(self, data: bytes) -> None:
-        """Put this in place of what is there."""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_TRUNC)
-        try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+    def written(self, data: bytes) -> str:
+        """Its name, with this in it."""
+        with open(self.path, "wb") as file:  # noqa: PTH123 - of a descriptor
+            file.write(data)
+        return self.path
 
     def read(self) -> bytes:
         """What is there."""
         return os.pread(self._file, os.fstat(self._file).st_size, 0)
 
-    def __del__(self) -> None:
-        if self._process == os.getpid():
-            os.close(self._file)
+
+_HERE = threading.local()
+
+
+def _scratch() -> _Scratch:
+    """This thread's; another in a process that was forked off."""
+    found: _Scratch | None = getattr(_HERE, "scratch", None)
+    if found is None or found.process != os.getpid():
+        found = _HERE.scratch = _Scratch()
+    return found
 
 
 def _keys_of(data: bytes) -> dict[int, bytes]:

@@ -13,12 +13,15 @@ import numpy as np
 from sfl.errors import ProtocolError
 from sfl.types import Array
 
-__all__ = ["HEAD", "LAYOUT", "Layout", "framed", "is_sealed", "parts_of"]
+__all__ = ["HEAD", "LAYOUT", "PREFIX", "Layout", "framed", "is_sealed", "parts_of"]
 
-LAYOUT = "ckks/layout"
-HEAD = 2
-"""Numbers that stand before the arrays: the weight of an update, and 1, which counts the updates of a sum."""
-_MANY = 1 << 20  # updates of a sum
+HEAD, _MARKS = 4, (0.25, -0.5)
+"""Numbers that stand before the arrays: the weight of an update; 1, which counts the updates of a sum; and two that tell
+a sum from what another key makes of it."""
+PREFIX = "ckks/"
+"""Of the names of what is sealed."""
+LAYOUT = f"{PREFIX}layout"
+_NEAR = 0.05  # of a whole number: what decrypts to one of those is meant
 _GROUP = 64  # ciphertexts that travel as one array: 2 MB as sites make them, 4 MB of sums
 _WHOLE = 2.0**24  # the largest whole number; real ones are stretched so that it is where the clip is
 
@@ -32,23 +35,21 @@ class Layout:
         closed: Of those that are encrypted, name, shape and dtype, in the order in which they are packed.
         slots: Numbers in a ciphertext.
         clip: The largest of them.
-        heaviest: The weight of which that of an update is a share.
+        units: Into how many parts the largest weight is divided; weights are whole numbers of them.
     """
 
     names: tuple[str, ...]
     closed: tuple[tuple[str, tuple[int, ...], str], ...]
     slots: int
     clip: float
-    heaviest: float
+    units: int
 
     @classmethod
-    def of(
-        cls, model: Mapping[str, Array], chosen: Sequence[str], slots: int, clip: float, heaviest: float = 1.0
-    ) -> Layout:
+    def of(cls, model: Mapping[str, Array], chosen: Sequence[str], slots: int, clip: float, units: int = 1) -> Layout:
         """The layout of a model of which the ``chosen`` arrays are encrypted."""
         wanted = set(chosen)
         closed = tuple((name, value.shape, value.dtype.str) for name, value in model.items() if name in wanted)
-        return cls(tuple(model), closed, slots, clip, heaviest)
+        return cls(tuple(model), closed, slots, clip, units)
 
     @property
     def numbers(self) -> int:
@@ -56,15 +57,16 @@ class Layout:
         return HEAD + sum(math.prod(shape) for _, shape, _ in self.closed)
 
     def head_of(self, numbers: Array) -> tuple[float, int]:
-        """Weight and count of a sum, which are whole numbers of shares, and of updates.
+        """Weight and count of a sum, which are whole numbers of units, and of updates.
 
         Raises:
             ProtocolError: If they are not: then it was decrypted with a key that it was not encrypted with.
         """
-        weight, count = numbers[:HEAD] * (self.heaviest, 1.0)
-        if not (weight >= 0.5 and 0.5 <= count <= _MANY and abs(count - np.rint(count)) < 1e-3):
+        units, count = np.rint(numbers[:2] * (self.units, 1.0)).tolist()
+        meant = (units / self.units, count, *(mark * count for mark in _MARKS))
+        if not (units >= 1 and count >= 1 and np.abs(numbers[:HEAD] - meant).max() < _NEAR / self.units):
             raise ProtocolError("what sites have sealed must open with their key, got one of another key.")
-        return float(np.rint(weight)) / self.heaviest, round(float(count))
+        return units / self.units, int(count)
 
     @property
     def blocks(self) -> int:
@@ -78,25 +80,30 @@ class Layout:
     @property
     def block_names(self) -> list[str]:
         """Under which they travel."""
-        return [f"ckks/{block:05d}" for block in range(self.blocks)]
+        return [f"{PREFIX}{block:05d}" for block in range(self.blocks)]
 
-    def filled(self, block: int, head: Sequence[float], values: Callable[[str, slice], Array]) -> Array:
+    def filled(self, block: int, weight: float, values: Callable[[str, slice], Array]) -> Array:
         """The numbers of a block.
 
         Args:
             block: Which.
-            head: Weight and count.
+            weight: Of the update.
             values: Part of an array, laid out flat, in float64.
 
         Returns:
             float64, (rows, slots); what no number takes is 0.
+
+        Raises:
+            ValueError: If a number is past the clip.
         """
         start = block * _GROUP * self.slots
         out = np.zeros(self.rows(block) * self.slots)
-        if block == 0:
-            out[:HEAD] = head
         for name, stretch, inner, outer in self._overlaps(start, start + out.size):
             np.multiply(values(name, inner), stretch, out=out[outer.start - start : outer.stop - start])
+        if not np.abs(out).max() <= self.clip:
+            raise ValueError("a number past the clip")
+        if block == 0:
+            out[:HEAD] = (weight, 1.0, *_MARKS)
         return out.reshape(-1, self.slots)
 
     def spread(self, block: int, numbers: Array, out: Callable[[str, slice, Array], object]) -> None:
@@ -118,7 +125,7 @@ class Layout:
 
     def packed(self) -> Array:
         """As it travels."""
-        sizes = {"slots": self.slots, "clip": self.clip, "heaviest": self.heaviest}
+        sizes = {"slots": self.slots, "clip": self.clip, "units": self.units}
         tree = {"names": self.names, "closed": self.closed, **sizes}
         return np.frombuffer(json.dumps(tree).encode(), np.uint8)
 
@@ -134,7 +141,7 @@ class Layout:
             closed = tuple(
                 (str(name), tuple(int(n) for n in shape), np.dtype(dtype).str) for name, shape, dtype in tree["closed"]
             )
-            sizes = int(tree["slots"]), float(tree["clip"]), float(tree["heaviest"])
+            sizes = int(tree["slots"]), float(tree["clip"]), int(tree["units"])
             return cls(tuple(map(str, tree["names"])), closed, *sizes)
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a sealed model must say how it is laid out, got: {error!r}.") from error

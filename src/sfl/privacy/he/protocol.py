@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -16,14 +17,16 @@ from sfl.core.task import Task
 from sfl.errors import CompositionError, ConfigError, check_rules, nearest
 from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.contexts import CLIENT_CONTEXT, check_server_kit, kit_cipher, scheme_of, shared_out
-from sfl.privacy.he.packing import LAYOUT, Layout, is_sealed
-from sfl.privacy.he.scheme import Scheme
+from sfl.privacy.he.packing import LAYOUT, PREFIX, Layout, is_sealed
+from sfl.privacy.he.scheme import FLOOD, Scheme
 from sfl.types import Array, Parameters, StateTree
 
 if TYPE_CHECKING:
     from sfl.privacy.he.site import CkksSite
 
 __all__ = ["CKKS"]
+
+_UNITS = 4096  # parts of the largest weight: in smaller ones, sums of small weights would not be told apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,8 @@ class CKKS(SecureSum):
         layers: Which arrays are encrypted: all, those that are named, or those whose name a regular expression is found
             in. The others travel as they are.
         clip: Largest number that is encrypted, of the models without a holder, else of their differences.
-        max_weight: Largest weight of a site; one that has more examples counts as if it had so many.
+        max_weight: Largest weight of a site; one that has more examples counts as if it had so many. Past 4096, weights
+            are rounded to a 4096th of it, and are never less.
         holder: The site that has the secret key; empty if all have it.
         least: Sites below which the holder opens no sum.
         planned: Sites of a round; set by the job.
@@ -60,6 +64,15 @@ class CKKS(SecureSum):
         layers: object = self.layers
         if isinstance(layers, list):  # what reads a job back may have made a list of it
             object.__setattr__(self, "layers", tuple(layers))  # pyright: ignore[reportUnknownArgumentType]
+        for name, value, kind, said in (
+            ("he_clip", cast("object", self.clip), (int, float, np.floating), "a number"),
+            ("he_max_weight", cast("object", self.max_weight), (int, np.integer), "a whole number"),
+            ("he_holder", cast("object", self.holder), (str,), "a site's name, or empty"),
+        ):
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ConfigError(f"{name} must be {said}, got {value!r}.")
+        object.__setattr__(self, "clip", float(self.clip))
+        object.__setattr__(self, "max_weight", int(self.max_weight))
         check_rules(
             (
                 ("he_clip", self.clip, 0.0 < self.clip < math.inf, "positive and finite"),
@@ -91,7 +104,19 @@ class CKKS(SecureSum):
     @property
     def scale_bits(self) -> int:
         """log₂ Δ, which all sites must take alike."""
-        return self.scheme.scale_bits(self.clip * max(self.planned, 1))
+        return self._scale_bits(self.planned)
+
+    def _scale_bits(self, cohort: int) -> int:
+        return self.scheme.scale_bits(max(self.clip, 1.0) * max(cohort, 1))
+
+    def share(self, weight: float) -> float:
+        """A weight as it is encrypted: a part of the largest, in whole units."""
+        return min(max(float(np.rint(weight / self.heaviest * self.units)), 1.0), float(self.units)) / self.units
+
+    @property
+    def units(self) -> int:
+        """Into how many parts the largest weight is divided."""
+        return min(self.max_weight, _UNITS)
 
     def chosen(self, names: Iterable[str]) -> list[str]:
         """Of the arrays that an update may hold, those that are encrypted."""
@@ -104,7 +129,7 @@ class CKKS(SecureSum):
 
     def layout(self, model: Mapping[str, Array], names: Iterable[str]) -> Layout:
         """Where the numbers of ``model`` stand, of which updates may hold the arrays ``names``."""
-        return Layout.of(model, self.chosen(names), self.scheme.slots, self.clip, self.heaviest)
+        return Layout.of(model, self.chosen(names), self.scheme.slots, self.clip, self.units)
 
     def require(self, cohort: int) -> None:
         """See ``SecureSum.require``."""
@@ -114,27 +139,37 @@ class CKKS(SecureSum):
                 f"homomorphic encryption must have rounds of at least 2 sites, got {cohort}: the sum of one hides "
                 "nothing. Raise num_clients or fraction_fit."
             )
-        self.scheme.scale_bits(self.clip * cohort)
+        self._scale_bits(cohort)
 
     def among(self, least: int, planned: int) -> CKKS:
         """See ``SecureSum.among``."""
         return replace(self, least=max(least, 2), planned=planned)
 
-    def begin(self, model: Parameters) -> StateTree:
-        """Whether there is a holder, which a run must go on with."""
-        if LAYOUT in model:
-            raise ConfigError(f"a model must have no array of the name {LAYOUT!r}. Rename it.")
-        strange = [name for name in self.layers if name not in model] if isinstance(self.layers, tuple) else []
+    def begin(self, model: Parameters, sent: Parameters, sites: Sequence[str]) -> StateTree:
+        """What a run must go on with: the holder, and what is encrypted."""
+        taken = [name for name in model if name.startswith(PREFIX)]
+        if taken:
+            raise ConfigError(
+                f"a model must have no array whose name starts with {PREFIX}, got {taken[0]!r}. Rename it."
+            )
+        if self.holder and self.holder not in sites:
+            raise ConfigError(f"he_holder must be one of the sites, got {self.holder!r}. {nearest(self.holder, sites)}")
+        strange = [name for name in self.layers if name not in sent] if isinstance(self.layers, tuple) else []
         if strange:
             raise ConfigError(
-                f"encrypt_layers must name arrays of the model, got {strange[0]!r}. {nearest(strange[0], list(model))}"
+                f"encrypt_layers must name arrays that sites send, got {strange[0]!r}. "
+                f"{nearest(strange[0], list(sent))}"
             )
-        if not self.chosen(model):
+        if not self.chosen(sent):
             raise ConfigError(
-                f"encrypt_layers must choose at least one array of the model, got {self.layers!r}, which chooses none "
-                f"of {len(model)}."
+                f"encrypt_layers must choose at least one array that sites send, got {self.layers!r}, which chooses "
+                f"none of {len(sent)}."
             )
-        return {"holder": self.holder}
+        return self._begun
+
+    @property
+    def _begun(self) -> dict[str, StateTree]:
+        return {"holder": self.holder, "layers": repr(self.layers), "clip": self.clip}
 
     def check_server(self, kit: Path) -> None:
         """See ``SecureSum.check_server``."""
@@ -164,10 +199,10 @@ class CKKS(SecureSum):
         """See ``SecureSum.summing``."""
         from sfl.privacy.he.server import summing
 
-        if not isinstance(memory, dict) or memory.get("holder") != self.holder:
+        if memory != self._begun:
             raise ConfigError(
-                "a run must go on with homomorphic encryption, and the holder, as it was begun, got others. Give the "
-                "same options, or start a new run."
+                "a run must go on with homomorphic encryption as it was begun, got other options of it. Give the same, "
+                "or start a new run."
             )
         if len(cohort) > self.planned:
             raise CompositionError(
@@ -191,7 +226,7 @@ class CKKS(SecureSum):
 
     def _simulated(self, keeper: Keeper) -> Cipher:
         data = keeper.common(self._where, lambda: Cipher.fresh(self.scheme).exported(secret=True))
-        return Cipher.of(data, self.scheme, self._where)
+        return _cipher(data, self.scheme, self._where)
 
     def identity(self, name: str, kit: Path) -> Cipher:  # noqa: ARG002 - several sites may have one key
         """The cipher of its kit."""
@@ -207,7 +242,10 @@ class CKKS(SecureSum):
 
     def described(self, cohort: int) -> list[str]:
         """See ``SecureSum.described``."""
-        error = self.scheme.error(self.scale_bits, cohort) / cohort
+        error = self.scheme.error(self._scale_bits(cohort), cohort) / cohort
+        error *= self.units  # where all weigh as little as a site may
+        if not self.seals:
+            error += 6.0 * FLOOD * self.clip
         if self.seals:
             keys = (
                 "keys: all sites have the same secret key, the server has none: the server together with any one site "
@@ -226,9 +264,15 @@ class CKKS(SecureSum):
             f"homomorphic encryption ({self.scheme}): the server never saw a site's update",
             *keys,
             *whole,
-            f"it holds against a server that keeps to the protocol, and is no differential privacy; decrypting moves a "
-            f"mean of {cohort} by {error:.2g} at most",
+            f"it holds against a server that keeps to the protocol, and is no differential privacy; a mean of {cohort} "
+            f"is right to {error:.2g}, whatever the weights",
         ]
+
+
+@lru_cache(maxsize=4)
+def _cipher(data: bytes, scheme: Scheme, where: str) -> Cipher:
+    """One for all simulated sites of a process: it is some megabytes."""
+    return Cipher.of(data, scheme, where)
 
 
 def _are_layers(layers: object) -> bool:

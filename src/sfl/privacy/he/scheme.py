@@ -3,10 +3,12 @@
 Cheon, Kim, Kim and Song, "Homomorphic Encryption for Arithmetic of Approximate Numbers" (ASIACRYPT 2017), as TenSEAL
 and Microsoft SEAL implement it. A ciphertext of ring degree N holds N/2 complex numbers z as the polynomial of Δ z,
 under a modulus q: N real numbers, where nothing but sums is asked of it. A sum of n ciphertexts decrypts to the sum of
-their numbers, but for an error that is close to Gaussian:
+their numbers, but for an error that is close to Gaussian, of standard deviation
 
-    symmetric:   σ √(n N / 2) / Δ,                      σ = 3.2, the ring-LWE error
-    public key:  √((1 + 2N/3) / 12) √(n N / 2) / Δ,     what rounding leaves when the special prime is dropped
+    symmetric:   (σ √n + n / √12) √(N / 2) / Δ                      σ = 3.2, the ring-LWE error
+    public key:  (√((1 + 2N/3) / 12) √n + n / √12) √(N / 2) / Δ     what dropping the special prime leaves
+
+n / √12 is the rounding of Δ z to whole coefficients, which is the same for all whose numbers are.
 
 Parameters are those that the Homomorphic Encryption Standard (Albrecht et al. 2018, Table 1) lists at 128 bits of
 security against classical attacks, for ternary secrets: at most 109 bits of modulus in all for N = 4096, 218 for
@@ -20,10 +22,14 @@ from dataclasses import dataclass
 
 from sfl.errors import CompositionError
 
-__all__ = ["HELD", "SECURITY", "SHARED", "Scheme"]
+__all__ = ["FLOOD", "HELD", "SECURITY", "SHARED", "Scheme"]
+
+FLOOD = 2.0**-30
+"""Standard deviation of the noise on what a holder tells, in clips."""
 
 SECURITY = 128
 _SIGMA = 3.2
+_LEAST = 36  # bits of a scale at which the weights of a thousand sites still come out whole
 _SURE = 8.0  # standard deviations: one slot in 10^15 passes them
 
 
@@ -52,23 +58,24 @@ class Scheme:
         return sum(self.moduli[:-1])
 
     def scale_bits(self, largest: float) -> int:
-        """log₂ Δ: as large as sums whose numbers are at most ``largest`` leave room for, with a bit to spare.
+        """log₂ Δ: as large as sums of at most ``largest`` leave room for, with a bit to spare.
 
         Raises:
             CompositionError: If that leaves them no precision.
         """
-        bits = math.floor(self.bits - 2 - math.log2(max(largest, 1.0)))
-        if bits < 20:
+        bits = math.floor(self.bits - 2 - math.log2(largest))
+        if bits < _LEAST:
             raise CompositionError(
-                f"he_clip times the number of sites must be at most {2.0 ** (self.bits - 22):.3g}, got {largest:.3g}. "
-                "Lower it."
+                f"he_clip times the number of sites must be at most {2.0 ** (self.bits - 2 - _LEAST):.3g}, got "
+                f"{largest:.3g}. Lower it."
             )
         return bits
 
     def error(self, scale_bits: int, count: int) -> float:
         """What each number of a sum of ``count`` ciphertexts is off by at most, but for a chance of 10⁻¹⁵."""
         spread = _SIGMA if self.symmetric else math.sqrt((1.0 + 2.0 * self.degree / 3.0) / 12.0)
-        return _SURE * spread * math.sqrt(count * self.degree / 2.0) / 2.0**scale_bits
+        both = spread * math.sqrt(count) + count / math.sqrt(12.0)
+        return _SURE * both * math.sqrt(self.degree / 2.0) / 2.0**scale_bits
 
     def __str__(self) -> str:
         return f"CKKS, N = {self.degree}, {sum(self.moduli)} bits of modulus, {SECURITY}-bit security"

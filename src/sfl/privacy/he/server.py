@@ -24,6 +24,7 @@ __all__ = ["OPEN", "summing"]
 
 OPEN = "ckks-open"
 """The step in which a holder decrypts a sum."""
+_ROOM = 1.0 + 2.0**-20  # for the noise on a mean
 
 
 @dataclass
@@ -40,6 +41,8 @@ class _Sum:
     def check(self, update: Update) -> None:
         """Whether an update can be added, all of it: half of one would spoil the sum."""
         delta, names = update.delta, set(self.layout.block_names)
+        if not 0.0 < update.weight <= 1.0:
+            raise ProtocolError(f"an update's weight must be a share of the largest, got {update.weight}.")
         if names - set(delta):
             raise ProtocolError(f"an update must hold {len(names)} arrays of ciphertexts, got others.")
         check.check_structure(update.site, self._plain(update), self.plain, partial=True)
@@ -83,6 +86,11 @@ def summing(secure: CKKS, task: Task, cohort: Sequence[str], expected: Parameter
     number = task.round
     mean = WeightedMean().aggregate(total.taken((yield Step(dict.fromkeys(cohort, task), total.check))))
     del task
+    if len(total.sites) < secure.least:
+        raise RoundError(
+            f"round {number} must be the sum of at least {secure.least} sites, got {len(total.sites)}: whoever "
+            "decrypts it would see what one has sent."
+        )
     sealed = {LAYOUT: layout.packed(), **total.packed()}
     opened = sealed if secure.seals else (yield from _opened(secure, layout, number, sealed))
     return Total(Update(SERVER, {**opened, **mean.delta}, mean.weight), tuple(total.sites))
@@ -100,6 +108,9 @@ def _opened(secure: CKKS, layout: Layout, round: int, sealed: Parameters) -> Exc
     def check_blocks(update: Update) -> None:
         like = {name: np.broadcast_to(np.zeros(()), shape) for name, shape in sizes.items()}
         check.check_structure(update.site, update.delta, like)
+        largest = max(float(np.abs(value).max()) for value in update.delta.values())
+        if not largest <= secure.clip * _ROOM:
+            raise ProtocolError(f"a mean must be within he_clip = {secure.clip:g}, got {largest:g}.")
 
     def put(name: str, part: slice, values: Array) -> None:
         mean[name].reshape(-1)[part] = values

@@ -12,9 +12,10 @@ from sfl.core import arrays
 from sfl.core.check import check_finite
 from sfl.core.secure import Keeper, SecureSite
 from sfl.core.task import FIT, Task, Update
-from sfl.errors import ProtocolError
+from sfl.errors import ProtocolError, UpdateError
 from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.packing import HEAD, Layout, framed, is_sealed, parts_of
+from sfl.privacy.he.scheme import FLOOD
 from sfl.privacy.he.server import OPEN
 from sfl.privacy.noise import add_multiples, secret
 from sfl.types import Array, Parameters
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["CkksSite", "opened_model"]
 
-_FLOOD = 2.0**-30  # of the clip: see ``_flooded``
 _GRID = 2.0**-20  # of that noise
 
 
@@ -55,10 +55,8 @@ class CkksSite(SecureSite):
             secure.holder == self._name, f"sums must be decrypted by {secure.holder or 'each site for itself'}"
         )
         self._require(self._cipher.is_secret, "the holder's context must have the secret key")
-        if self._binding:
-            kept: Any = self._keeper.load() or {}
-            self._require(task.round > kept.get("opened", 0), f"a round must be opened once, got {task.round} again")
-            self._keeper.save({"opened": task.round})
+        kept: Any = (self._keeper.load() if self._binding else None) or {}
+        self._require(task.round > kept.get("opened", 0), f"a round must be opened once, got {task.round} again")
         layout = Layout.read(task.parameters)
         out: Parameters = {}
         weight = 1.0
@@ -68,13 +66,15 @@ class CkksSite(SecureSite):
                 weight, count = layout.head_of(numbers)
                 self._require(count >= secure.least, f"a sum must be of at least {secure.least} sites, got {count}")
                 numbers[:HEAD] = 0.0
-            out[name] = (_flooded(numbers, secure.clip) / weight).reshape(-1, layout.slots)
+            out[name] = _flooded(numbers / weight, secure.clip).reshape(-1, layout.slots)
+        if self._binding:
+            self._keeper.save({"opened": task.round})  # before it leaves
         return Update(self._name, out, 1.0)
 
     def opened(self, task: Task) -> Task:
         """The task with the model in the clear."""
         if is_sealed(task.parameters):
-            opened = opened_model(self._cipher, task.parameters)
+            opened = opened_model(self._cipher, task.parameters, self._secure.least)
             task = replace(task, parameters=arrays.read_only(opened))
         if task.name == FIT:
             self._model = task.parameters
@@ -85,19 +85,20 @@ class CkksSite(SecureSite):
         model, self._model = self._model, {}
         check_finite(self._name, update.delta)
         layout = self._secure.layout(model, expected)
-        weight = min(max(float(np.rint(update.weight)), 1.0), self._secure.heaviest) / self._secure.heaviest
+        weight = self._secure.share(update.weight)
         whole = model if self._secure.seals else {}
         values = _weighed(whole, update.delta, weight)
         chosen = {name for name, _, _ in layout.closed}
         out = {name: value for name, value in update.delta.items() if name not in chosen}
         scale = self._secure.scale_bits
         for block, name in enumerate(layout.block_names):
-            numbers = layout.filled(block, (weight, 1.0), values)
-            self._require(
-                bool(np.abs(numbers).max(initial=0.0) <= max(self._secure.clip, 1.0)),
-                f"numbers must be within he_clip = {self._secure.clip:g}, and whole ones within 2^24, got one that is "
-                "not. Set it higher",
-            )
+            try:
+                numbers = layout.filled(block, weight, values)
+            except ValueError as error:
+                raise UpdateError(
+                    f"{self._name}: numbers must be within he_clip = {self._secure.clip:g}, and whole ones within "
+                    "2^24, got one that is not. Set he_clip higher."
+                ) from error
             out[name] = framed([self._cipher.encrypted(row, scale) for row in numbers])
         return replace(update, delta=out, weight=weight if len(chosen) < len(expected) else 1.0)
 
@@ -120,11 +121,16 @@ def _weighed(model: Mapping[str, Array], delta: Parameters, weight: float) -> Ca
     return values
 
 
-def opened_model(cipher: Cipher, parameters: Mapping[str, Array]) -> Parameters:
+def opened_model(cipher: Cipher, parameters: Mapping[str, Array], least: int = 1) -> Parameters:
     """A sealed model in the clear: the sum of ciphertexts over the sum of weights that is among them.
 
+    Args:
+        cipher: With the sites' key.
+        parameters: As the server keeps them.
+        least: Sites of which it must be the sum.
+
     Raises:
-        ProtocolError: If it was not sealed with the key that ``cipher`` has.
+        ProtocolError: If it was not sealed with the key that ``cipher`` has, or is the sum of fewer.
     """
     layout = Layout.read(parameters)
     closed: Parameters = {name: np.empty(shape, dtype) for name, shape, dtype in layout.closed}
@@ -138,7 +144,9 @@ def opened_model(cipher: Cipher, parameters: Mapping[str, Array]) -> Parameters:
     for block in range(layout.blocks):
         numbers = _decrypted(cipher, layout, parameters, block)
         if block == 0:
-            weight, _ = layout.head_of(numbers)
+            weight, count = layout.head_of(numbers)
+            if count < least:
+                raise ProtocolError(f"a model must be the sum of at least {least} sites, got {count}.")
         layout.spread(block, numbers, put)
     return {name: closed[name] if name in closed else parameters[name] for name in layout.names}
 
@@ -153,14 +161,15 @@ def _decrypted(cipher: Cipher, layout: Layout, parameters: Mapping[str, Array], 
 
 
 def _flooded(numbers: Array, clip: float) -> Array:
-    """What may be told of decrypted numbers: with noise far above their error, in which the key would show.
+    """What may be told of a decrypted mean: with noise far above its error, in which the key would show.
 
     Who knows a ciphertext and all digits of what it decrypts to can work the key out (Li and Micciancio, EUROCRYPT
-    2021). The error is below 2^-80 here, so it shows in the last place of a float64 for one number in 2^40 at most; the
-    noise, of σ = 2^-30 clip, hides the last place but for 2^-20 (as Li, Micciancio, Schultz and Sorrell have it, CRYPTO
-    2022). Of a thousand million numbers told, all together tell of the key with an advantage of 2^-30.
+    2021), from the error e among them. With Gaussian noise of σ (Li, Micciancio, Schultz and Sorrell, CRYPTO 2022) what
+    is told with e and without differ by |e| / σ at most, in total variation, for each number. Here |e| < 2^-74 for up
+    to a thousand sites of the smallest weights, and σ = 2^-30 clip: a thousand million numbers tell of the key with an
+    advantage below 2^-20. The grid is the same whatever the weights are.
     """
-    sigma = _FLOOD * clip
+    sigma = FLOOD * clip
     grid = sigma * _GRID
     multiples = np.rint(secret().standard_normal(numbers.size) * (sigma / grid))
     out = np.empty_like(numbers)

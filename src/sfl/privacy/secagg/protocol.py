@@ -141,7 +141,7 @@ class SecAgg(SecureSum):
             )
         return replace(self, grid=grid)
 
-    def begin(self, model: Parameters) -> StateTree:  # noqa: ARG002
+    def begin(self, model: Parameters, sent: Parameters, sites: Sequence[str]) -> StateTree:  # noqa: ARG002
         """The name of the run: what a site has signed for one run counts for no other."""
         return {"run": secrets.token_hex(16)}
 
@@ -149,7 +149,7 @@ class SecAgg(SecureSum):
         """See ``SecureSum.summing``."""
         from sfl.privacy.secagg.server import summing  # needs cryptography
 
-        if not isinstance(memory, dict):
+        if not isinstance(memory, dict) or "run" not in memory:
             raise ConfigError(
                 "a run must go on with secure aggregation as it was begun, got one that was begun without."
             )
