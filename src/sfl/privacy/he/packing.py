@@ -16,8 +16,8 @@ from sfl.types import Array
 __all__ = ["HEAD", "LAYOUT", "PREFIX", "Layout", "framed", "is_sealed", "parts_of"]
 
 HEAD, _MARKS = 4, (0.25, -0.5)
-"""Numbers that stand before the arrays: the weight of an update; 1, which counts the updates of a sum; and two that tell
-a sum from what another key makes of it."""
+"""Numbers that stand before the arrays: the weight of an update; 1, which counts the updates of a sum; and two that
+tell a sum from what another key makes of it."""
 PREFIX = "ckks/"
 """Of the names of what is sealed."""
 LAYOUT = f"{PREFIX}layout"
