@@ -13,7 +13,15 @@ import numpy as np
 from sfl.errors import ProtocolError
 from sfl.types import Array
 
-__all__ = ["HEAD", "LAYOUT", "PREFIX", "Layout", "framed", "is_sealed", "parts_of"]
+__all__ = [  # noqa: RUF022 - plain order
+    "HEAD",
+    "LAYOUT",
+    "Layout",
+    "PREFIX",
+    "framed",
+    "is_sealed",
+    "parts_of",
+]
 
 HEAD, _MARKS = 4, (0.25, -0.5)
 """Numbers that stand before the arrays: the weight of an update; 1, which counts the updates of a sum; and two that
