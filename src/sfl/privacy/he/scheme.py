@@ -6,10 +6,11 @@ under a modulus q: N real numbers, where nothing but sums is asked of it. A sum 
 their numbers, but for an error that is close to Gaussian, of standard deviation
 
     symmetric:   (σ √n + n / √12) √(N / 2) / Δ                      σ = 3.2, the ring-LWE error
-    public key:  (√((1 + 2N/3) / 3) √n + n / √12) √(N / 2) / Δ      what dropping the special prime leaves
+    public key:  (√((1 + 2N/3) / 12) √n + n / √12) √(N / 2) / Δ     what dropping the special prime leaves
 
-n / √12 is the rounding of Δ z to whole coefficients, which is the same for all whose numbers are. SEAL divides by the
-special prime to within one; it was measured to leave nine tenths of what stands above.
+n / √12 is the rounding of Δ z to whole coefficients, which is the same for all whose numbers are. With a public key a
+place's error is as large as the secret polynomial is there, in some up to √(ln N) times as large as on average: bounds
+count it double.
 
 Parameters are those that the Homomorphic Encryption Standard (Albrecht et al. 2018, Table 1) lists at 128 bits of
 security against classical attacks, for ternary secrets: at most 109 bits of modulus in all for N = 4096, 218 for
@@ -74,7 +75,7 @@ class Scheme:
 
     def error(self, scale_bits: int, count: int) -> float:
         """What each number of a sum of ``count`` ciphertexts is off by at most, but for a chance of 10⁻¹⁵."""
-        spread = _SIGMA if self.symmetric else math.sqrt((1.0 + 2.0 * self.degree / 3.0) / 3.0)
+        spread = _SIGMA if self.symmetric else 2.0 * math.sqrt((1.0 + 2.0 * self.degree / 3.0) / 12.0)
         both = spread * math.sqrt(count) + count / math.sqrt(12.0)
         return _SURE * both * math.sqrt(self.degree / 2.0) / 2.0**scale_bits
 
