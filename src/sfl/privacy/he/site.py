@@ -165,9 +165,9 @@ def _flooded(numbers: Array, clip: float) -> Array:
 
     Who knows a ciphertext and all digits of what it decrypts to can work the key out (Li and Micciancio, EUROCRYPT
     2021), from the error e among them. With Gaussian noise of σ (Li, Micciancio, Schultz and Sorrell, CRYPTO 2022) what
-    is told with e and without differ by |e| / σ at most, in total variation, for each number. Here |e| is 2^-74 or so for up
-    to a thousand sites of the smallest weights, and σ = 2^-30 clip: a thousand million numbers tell of the key with an
-    advantage below 2^-19. The grid is the same whatever the weights are.
+    is told with e and without differ by |e| / σ at most, in total variation, for each number. Here |e| is 2^-74 or so
+    for up to a thousand sites of the smallest weights, and σ = 2^-30 clip: a thousand million numbers tell of the key
+    with an advantage below 2^-19. The grid is the same whatever the weights are.
     """
     sigma = FLOOD * clip
     grid = sigma * _GRID
