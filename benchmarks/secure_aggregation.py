@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from measure import measure
 from sfl.core import arrays
 from sfl.core.aggregator import WeightedMean
 from sfl.core.secure import SecureSum, Step
 from sfl.core.task import EVALUATE, FIT, Task, Update
 from sfl.io.site_store import SecretStore
 from sfl.privacy.he import CKKS
+from sfl.privacy.he.packing import framed, parts_of
 from sfl.privacy.he.server import OPEN
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.graph import arranged, degree, neighbours
@@ -161,7 +164,11 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--lost", type=float, default=0.05, help="share of the sites that is lost in the second table")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--part", help="play one part, for its memory to be measured")
     args = parser.parse_args()
+    if args.part:
+        play(args.part, args.parameters)
+        return
     size, rows = args.parameters, list[dict[str, Any]]()
     for n in map(int, args.sites.split(",")):
         for lost in sorted({0, round(args.lost * n)}):
@@ -181,7 +188,7 @@ def main() -> None:
         graph["CPU-s a site"] = site_among(graph["sites"], size)
         print(json.dumps(graph), flush=True)
     encrypted = [row for n in map(int, args.sites.split(",")) for row in encrypted_rows(n, size, args.times)]
-    write(rows, graphs, encrypted, layer_rows(args.times), size)
+    write(rows, graphs, encrypted, [layer_rows(args.times), memory_rows()], size)
 
 
 def encrypted_rows(n: int, size: int, times: int) -> list[dict[str, Any]]:
@@ -234,6 +241,63 @@ def layer_rows(times: int) -> list[dict[str, Any]]:
     return rows
 
 
+def memory_rows() -> list[dict[str, Any]]:
+    """The largest resident size of a process that plays a site, or the server of five, beyond one that plays nobody."""
+    rows, size = list[dict[str, Any]](), 20_000_000
+    base = measure([sys.executable, __file__, "--part", "nobody", "--parameters", str(size)]).peak
+    for part in ("site", "server"):
+        peak = measure([sys.executable, __file__, "--part", part, "--parameters", str(size)]).peak - base
+        rows.append({"who": part, "numbers": size, "MB": peak / 1e6, "models as ciphertexts": peak / (15.13 * size)})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def play(part: str, size: int) -> None:
+    """Be a site that encrypts, or a server that adds up what five have sent; the model, and an update, are there."""
+    secure = CKKS().among(2, 5)
+    model = {"w": np.ones(size, np.float32)}
+    delta = {"w": np.full(size, 0.5, np.float32)}
+    site, task = secure.site("a", SecretStore(None)), Task(FIT, 1, model)
+    if part == "nobody":
+        return
+    site.opened(task)
+    if part == "site":
+        site.closed(Update("a", delta, 1.0), task, model)
+        return
+    names = [f"site-{number}" for number in range(5)]
+    few = {"w": np.ones(size // 32, np.float32)}
+    del delta, model, task
+    expected = {"w": np.broadcast_to(np.zeros((), np.float32), (size,))}
+    block = secure.layout(expected, ["w"])
+    site.opened(Task(FIT, 1, few))
+    made = site.closed(Update("a", few, 1.0), Task(FIT, 1, few), few).delta
+    rows = [
+        row for number, name in enumerate(made) for row in parts_of(made[name], secure.layout(few, ["w"]).rows(number))
+    ]
+
+    def sent(name: str) -> Update:  # ciphertexts of a few numbers, again and again: as large as those of many
+        arrays = {
+            n: framed([bytes(rows[k % len(rows)]) for k in range(block.rows(i))])
+            for i, n in enumerate(block.block_names)
+        }
+        return Update(name, arrays, 1.0)
+
+    summing = secure.summing(Task(FIT, 1, expected), names, expected, secure.begin(expected, expected, names))
+    step = next(summing)
+
+    def answers() -> Iterator[Update]:
+        for name in names:
+            update = sent(name)
+            step.check(update)
+            yield update
+            del update
+
+    try:
+        summing.send(answers())
+    except StopIteration:
+        return
+
+
 def esm2_shapes() -> dict[str, Any]:
     """Arrays of the shapes and names of ESM2 with 8 million parameters."""
     from transformers import EsmConfig, EsmForMaskedLM
@@ -249,7 +313,7 @@ def write(
     rows: list[dict[str, Any]],
     graphs: list[dict[str, Any]],
     encrypted: list[dict[str, Any]],
-    layers: list[dict[str, Any]],
+    more: list[list[dict[str, Any]]],
     size: int,
 ) -> None:
     day = f"{datetime.now(UTC):%Y-%m-%d}"
@@ -279,11 +343,19 @@ def write(
         "",
         "What a site pays for encrypting some arrays of ESM2 with 8 million parameters; the server sees the others.",
         "",
-        *table(layers),
+        *table(more[0]),
+        "",
+        "Memory beyond that of a process that holds the model and an update; a model as ciphertexts is 15.1 bytes a",
+        "number, four times float32.",
+        "",
+        *table(more[1]),
     ]
     (RESULTS / "secure_aggregation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (RESULTS / "secure_aggregation.json").write_text(
-        json.dumps({"rounds": rows, "graphs": graphs, "encrypted": encrypted, "layers": layers}, indent=1) + "\n"
+        json.dumps(
+            {"rounds": rows, "graphs": graphs, "encrypted": encrypted, "layers": more[0], "memory": more[1]}, indent=1
+        )
+        + "\n"
     )
 
 

@@ -51,6 +51,7 @@ def test_a_project_is_read(file: Path) -> None:
         ("sites:", "sides:", "Did you mean 'sites'"),
         ("- {name: hospital-a, org: a}\n  - {name: hospital-b}", "hospital-a", "sites must be a list"),
         ("name: lung", "- lung", "must be YAML|must be a mapping"),
+        ("name: lung", "name: lung\nhe_holder: nobody", "he_holder must be the name of a site, got 'nobody'"),
     ],
 )
 def test_what_is_wrong_is_said_by_name(file: Path, old: str, new: str, said: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from algorithm_clients import Steered
 from sfl.cli import main
 from sfl.engine.guard import Guarded
 from sfl.engine.nvflare.admin import admin, wait_for
@@ -24,6 +25,9 @@ from sfl.engine.ports import free_ports
 from sfl.env import ProdEnv, SimEnv
 from sfl.env.remote import child_environment
 from sfl.errors import ConfigError, EngineError, RoundError, SflError
+from sfl.privacy.he import CKKS
+from sfl.privacy.he.cipher import Cipher
+from sfl.privacy.he.contexts import CLIENT_CONTEXT, SERVER_CONTEXT
 from sfl.recipe import FedAvgRecipe
 from sfl.server.app import sum_recipe
 from sfl.types import FederationConfig
@@ -102,6 +106,22 @@ def test_a_job_gives_the_bits_of_the_simulation_and_comes_home(kits: Path, tmp_p
 @pytest.mark.parametrize("name", ["proteins"])
 def test_other_jobs_give_the_bits_of_the_simulation(kits: Path, name: str) -> None:
     assert_same(in_process(name), JOBS[name]().execute(ProdEnv(startup_kit=kits / "boss@example.org", device="cpu")))
+
+
+@pytest.mark.slow
+def test_a_model_that_the_server_cannot_read_opens_with_a_kits_key(kits: Path) -> None:
+    federation = FederationConfig(num_clients=2, num_rounds=2, weighting="equal")
+    plain = FedAvgRecipe(
+        name="sealed", client=Steered, initial_parameters={"w": np.ones(3), "n": np.array(0)}, federation=federation
+    )
+    result = replace(plain, secure=CKKS()).execute(ProdEnv(startup_kit=kits / "boss@example.org"))
+    assert (result.is_sealed, result.key) == (True, None)  # whose key it is, nobody here knows
+    with pytest.raises(ConfigError, match="must be opened with a site's"):
+        result.open()
+    model = result.open((kits / "site-2" / "startup" / CLIENT_CONTEXT).read_bytes())
+    expected = plain.execute(SimEnv(device="cpu")).parameters
+    assert all(np.abs(model[name] - value).max() < 1e-8 for name, value in expected.items())
+    assert not Cipher.holds_secret((kits / "fl-server" / "startup" / SERVER_CONTEXT).read_bytes())
 
 
 @pytest.mark.slow
@@ -219,13 +239,30 @@ def test_the_start_script_of_a_kit_is_what_we_run(kits: Path) -> None:
     assert " ".join(service_command(kits / "site-1", sys.executable)[7:]) in " ".join(shown.split())
 
 
-def test_no_two_authorities_share_a_place_for_jobs_and_one_keeps_its_own(tmp_path: Path) -> None:
+def test_no_two_authorities_share_a_place_for_jobs_and_one_keeps_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "project.yml").write_text(PROJECT.format(port=1))
     for out in ("one", "one", "two"):
         assert main(["provision", str(tmp_path / "project.yml"), "--out", str(tmp_path / out)]) == 0
+        assert "in the sites' kits: every site can decrypt, the server cannot" in capsys.readouterr().out
     made = [tmp_path / "one/lung/prod_00", tmp_path / "one/lung/prod_01", tmp_path / "two/lung/prod_00"]
     stores = [json.loads((kits / "fl-server/local/resources.json").read_text())["snapshot_persistor"] for kits in made]
     assert stores[0] == stores[1] != stores[2]
+
+
+def test_a_holder_is_given_the_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "project.yml"
+    file.write_text(PROJECT.format(port=1) + "he_holder: site-2\n")
+    assert main(["provision", str(file), "--out", str(tmp_path / "kits")]) == 0
+    made = tmp_path / "kits/lung/prod_00"
+    contexts = [(made / name / "startup" / CLIENT_CONTEXT).read_bytes() for name in ("site-1", "site-2")]
+    assert [Cipher.holds_secret(data) for data in contexts] == [False, True]
+    monkeypatch.setitem(sys.modules, "tenseal", None)
+    assert main(["provision", str(file), "--out", str(tmp_path / "without")]) == 1
+    file.write_text(PROJECT.format(port=1))
+    assert main(["provision", str(file), "--out", str(tmp_path / "without")]) == 0
+    assert not list((tmp_path / "without").rglob(CLIENT_CONTEXT))
 
 
 def test_a_folder_that_is_no_kit_is_refused(tmp_path: Path) -> None:

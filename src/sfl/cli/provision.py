@@ -19,6 +19,7 @@ def provision(project: Path, *, out: Path = Path("kits")) -> int:
     federation = read_project(project)
     require("nvflare")
     from sfl.engine.nvflare.provision import provision as write
+    from sfl.privacy.he.contexts import CLIENT_CONTEXT
 
     kits = write(federation, out)
     everyone = [federation.server, *federation.sites, *federation.admins]
@@ -28,5 +29,8 @@ def provision(project: Path, *, out: Path = Path("kits")) -> int:
         what = "server" if member is federation.server else getattr(member, "role", "") or "site"
         start = "" if getattr(member, "role", "") else f"  start it with: {kits / member.name}/startup/start.sh"
         sys.stdout.write(f"  {member.name:<{width}}  {what:<13}{start}\n")
+    if (kits / federation.sites[0].name / "startup" / CLIENT_CONTEXT).exists():
+        whose = f"{federation.he_holder} can decrypt" if federation.he_holder else "every site can decrypt"
+        sys.stdout.write(f"Keys for homomorphic encryption are in the sites' kits: {whose}, the server cannot.\n")
     sys.stdout.write(f"Hand each kit to its owner alone. The authority's key is in {kits.parent / 'state'}: keep it.\n")
     return 0
