@@ -368,7 +368,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def shown(value: float | str) -> str:
     if isinstance(value, str):
-        return f"`{value}`" if set(value) & set("\\|") else value
+        return "`" + value.replace("|", "\\|") + "`" if set(value) & set("\\|") else value
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
