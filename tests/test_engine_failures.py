@@ -53,7 +53,7 @@ def test_whatever_a_site_does_wrong_is_said_in_its_own_words_and_the_others_go_o
     assert first["site-3"].reason == "site-3: RuntimeError: the scanner at this hospital is down"
     assert "troubled_clients.py" in first["site-3"].details
     assert first["site-4"].reason == "site-4: 'w' must have shape (3, 4), got (2, 4)."
-    assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got Tensor."
+    assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got list."
     assert first["site-6"].reason == "site-6: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
     assert [first[f"site-{n}"].status.value for n in (3, 4, 5, 6)] == ["failed", "rejected", "rejected", "failed"]
 
