@@ -179,40 +179,6 @@ def test_a_large_model_comes_home_whole(federation: Federation, tmp_path: Path) 
     assert "sfl-part" not in (federation.folder / "superlink.log").read_text()
 
 
-@pytest.mark.slow
-def test_a_job_that_fails_says_why_and_a_driver_that_is_killed_stops_its_run(
-    federation: Federation, tmp_path: Path
-) -> None:
-    script = tmp_path / "endless.py"
-    script.write_text(
-        "from dataclasses import replace\n"
-        "import engine_clients as clients, test_flower_attached as t\n"
-        "from pathlib import Path\n"
-        "if __name__ == '__main__':\n"
-        f"    f = t.Federation(Path({str(federation.folder)!r}), {federation.address!r}, "
-        f"Path({str(federation.authority)!r}))\n"
-        "    r = replace(t.job(1), client=clients.Sleeps)\n"
-        f"    r.execute(f.env(), out=Path({str(tmp_path / 'run')!r}), observers=[lambda e: print(e, flush=True)])\n"
-    )
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environ = {**os.environ, "PYTHONPATH": path}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if "StageStarted" in line and "fit" in line:
-                    break
-        finally:
-            process.kill()
-    deadline = time.monotonic() + 30
-    while (status := newest(federation)) != "finished:stopped" and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert status == "finished:stopped", (tmp_path / "run" / "logs" / "engine.log").read_text()[-3000:]
-    planned = replace(job(1), federation=FederationConfig(num_clients=1, num_rounds=1))
-    with pytest.raises(EngineError, match=r"as num_clients=1, each with a name of its own, got 2: hospital-a"):
-        planned.execute(federation.env())
-
-
 def newest(federation: Federation) -> str:
     return str(json.loads(federation.flwr("ls", "sfl", "--format", "json"))["runs"][0]["status"])
 
@@ -275,3 +241,37 @@ def test_a_flower_app_of_ones_own_names_the_application(federation: Federation, 
 def status_of(federation: Federation, run: str) -> str:
     listed = json.loads(federation.flwr("ls", "sfl", "--run-id", run, "--format", "json"))
     return str(listed["runs"][0]["status"])
+
+
+@pytest.mark.slow  # the last of these: what hangs at a site keeps its node from other runs until Flower ends it
+def test_a_job_that_fails_says_why_and_a_driver_that_is_killed_stops_its_run(
+    federation: Federation, tmp_path: Path
+) -> None:
+    planned = replace(job(1), federation=FederationConfig(num_clients=1, num_rounds=1))
+    with pytest.raises(EngineError, match=r"as num_clients=1, each with a name of its own, got 2: hospital-a"):
+        planned.execute(federation.env())
+    script = tmp_path / "endless.py"
+    script.write_text(
+        "from dataclasses import replace\n"
+        "import engine_clients as clients, test_flower_attached as t\n"
+        "from pathlib import Path\n"
+        "if __name__ == '__main__':\n"
+        f"    f = t.Federation(Path({str(federation.folder)!r}), {federation.address!r}, "
+        f"Path({str(federation.authority)!r}))\n"
+        "    r = replace(t.job(1), client=clients.Sleeps)\n"
+        f"    r.execute(f.env(), out=Path({str(tmp_path / 'run')!r}), observers=[lambda e: print(e, flush=True)])\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environ = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if "StageStarted" in line and "fit" in line:
+                    break
+        finally:
+            process.kill()
+    deadline = time.monotonic() + 30
+    while (status := newest(federation)) != "finished:stopped" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert status == "finished:stopped", (tmp_path / "run" / "logs" / "engine.log").read_text()[-3000:]
