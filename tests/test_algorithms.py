@@ -440,6 +440,7 @@ def left(out: Path) -> tuple[dict[str, bytes], list[Any]]:
     return checkpoints, [(line["round"], line["fit"], line["evaluation"]) for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_stopped_at_any_event_and_resumed_it_is_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

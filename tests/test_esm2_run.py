@@ -80,6 +80,7 @@ def test_transformers_loads_the_final_model(finished: Path) -> None:
         assert np.array_equal(parameters[name], value), name
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_bits(finished: Path, tmp_path: Path) -> None:
     assert run(*TINY, *TWO, "--workers", "2", "--format", "json", "--out", str(tmp_path / "two")) == 0
     name = "checkpoints/round-000002.safetensors"

@@ -262,6 +262,7 @@ def test_the_whole_model_loads_with_transformers(tiny: Path, letters: Path, tmp_
     assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(tiny: Path, letters: Path, tmp_path: Path) -> None:
     flags = f"--model {tiny} --data {letters} --block-size 32 --local-steps 2 --workers 1 --format simple".split()
     for name, rounds in (("whole", "2"), ("part", "1")):
@@ -276,6 +277,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny: Path, letters: Path, tmp_pa
     assert all((whole[name] == part[name]).all() for name in whole)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one(tiny: Path, letters: Path) -> None:
     one, two = (federated(tiny, letters, federation={"workers": count, "num_rounds": 2}) for count in (1, 2))
     for name, value in one.parameters.items():

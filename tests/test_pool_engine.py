@@ -165,6 +165,7 @@ def test_a_late_site_reads_the_parameters_it_was_sent_to_the_end() -> None:
         assert [r.update.metrics for r in second if r.update] == [{"read": 5.0}]
 
 
+@pytest.mark.slow
 def test_a_site_that_is_late_for_rounds_blocks_nobody_else() -> None:
     many = {f"layer.{number:01000d}": np.zeros(1) for number in range(400)}  # its layout alone would fill a pipe
     began = time.monotonic()

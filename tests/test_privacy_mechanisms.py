@@ -244,6 +244,7 @@ def test_published_epsilons(method: Any, what: DpEvent, epsilon: float) -> None:
     assert found >= epsilon - 1e-4
 
 
+@pytest.mark.slow
 @given(st.floats(0.6, 6.0), st.sampled_from([0.05, 0.3]), st.integers(1, 60))
 @settings(max_examples=12, deadline=None)
 def test_two_libraries_agree(noise: float, rate: float, count: int) -> None:

@@ -278,6 +278,7 @@ def test_the_sum_is_that_of_the_words(n: int, bits: int) -> None:
     assert np.array_equal(total.mean.delta["count"], exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("n", [9, 60])
 def test_those_who_drop_out_leave_an_exact_sum_of_the_others(stage: str, n: int) -> None:

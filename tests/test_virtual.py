@@ -151,6 +151,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_is_stopped_goes_on_at_the_same_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
