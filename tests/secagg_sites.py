@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from sfl.core.secure import Step, Total
+from secure_sites import played
+from sfl.core.secure import Total
 from sfl.core.task import FIT, Task, Update
-from sfl.errors import ProtocolError, UpdateError
 from sfl.io.site_store import SecretStore
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.site import SecAggSite
@@ -61,26 +61,15 @@ class Federation:
         """One round; what sites refuse is in ``refused``."""
         task = Task(FIT, round, {"w": np.zeros(self.size, np.float32), "count": np.zeros(2, np.int64)}, {"seed": 1})
         summing = self.secure.summing(task, self.names, self.expected, self.memory)
-        step = next(summing)
-        while True:
-            try:
-                step = summing.send(self._answers(step))
-            except StopIteration as end:
-                return end.value
+        return played(summing, self._answer, self.refused)
 
-    def _answers(self, step: Step) -> Iterator[Update]:
-        for name, task in step.tasks.items():
-            if self.names.index(name) in self.lost.get(task.name, ()):
-                continue
-            try:
-                answer = self.forge(name, self.answer(name, self.tamper(name, task)))
-                step.check(answer)
-            except (ProtocolError, UpdateError) as error:
-                self.refused[name] = str(error)
-                continue
-            if task.name == FIT:
-                self.masked[name] = answer.delta
-            yield answer
+    def _answer(self, name: str, task: Task) -> Update | None:
+        if self.names.index(name) in self.lost.get(task.name, ()):
+            return None
+        answer = self.forge(name, self.answer(name, self.tamper(name, task)))
+        if task.name == FIT:
+            self.masked[name] = answer.delta
+        return answer
 
     def answer(self, name: str, task: Task) -> Update:
         """What one site answers."""

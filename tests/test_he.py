@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,17 @@ import tenseal as ts
 
 import algorithm_clients
 import clients
+from secure_sites import played
 from sfl import FederationConfig, SimEnv
 from sfl.cli import main
+from sfl.cli.applications import APPLICATIONS, resolve_job
+from sfl.client.callbacks import TrimSiteMemory
 from sfl.core.aggregator import Sum
 from sfl.core.events import Notice, SiteFinished
-from sfl.core.secure import Step, Total
-from sfl.core.task import EVALUATE, FIT, Status, Task, Update
+from sfl.core.secure import Total
+from sfl.core.task import EVALUATE, FIT, Reply, Status, Task, Update
 from sfl.engine.kit import kit_of_server, use_kit, use_server_kit
-from sfl.errors import CompositionError, ConfigError, MissingExtraError, ProtocolError, RoundError, UpdateError
+from sfl.errors import CompositionError, ConfigError, MissingExtraError, ProtocolError, RoundError
 from sfl.io.checkpoint import Checkpoints
 from sfl.io.run_folder import RunFolder
 from sfl.io.site_store import SecretStore
@@ -80,24 +84,10 @@ class Federation:
         """One round; what the server made of it."""
         task = Task(FIT, round, self.parameters)
         summing = self.secure.summing(task, self.names, self.secure.like(self.parameters), self.memory)
-        step = next(summing)
-        while True:
-            try:
-                step = summing.send(self._answers(step))
-            except StopIteration as end:
-                return end.value
+        return played(summing, self._forged, self.refused)
 
-    def _answers(self, step: Step) -> Any:
-        for name, task in step.tasks.items():
-            if name in self.lost:
-                continue
-            try:
-                update = self.forge(name, self._answer(name, task))
-                step.check(update)
-            except (ProtocolError, UpdateError) as error:
-                self.refused[name] = str(error)
-                continue
-            yield update
+    def _forged(self, name: str, task: Task) -> Update | None:
+        return None if name in self.lost else self.forge(name, self._answer(name, task))
 
     def _answer(self, name: str, task: Task) -> Update:
         site = self.sites[name]
@@ -472,8 +462,6 @@ SEALED = [CKKS(), CKKS(layers="w")]
 @pytest.mark.parametrize("secure", [*SEALED, CKKS(holder="site-3")])
 @pytest.mark.parametrize("kind", [FedAvgRecipe, FedProxRecipe, DittoRecipe])
 def test_a_run_is_the_plain_one_within_the_error(kind: type[FedAvgRecipe], secure: CKKS) -> None:
-    if kind is not FedAvgRecipe and secure.layers:
-        return
     plain = _recipe(kind, federation={"weighting": "equal"}).execute()
     result = _recipe(kind, secure=secure).execute()
     assert result.is_sealed is secure.seals is is_sealed(result.parameters)
@@ -598,7 +586,7 @@ while flare.is_running():
 """
 
 
-def test_the_recipe_of_flares_name_runs_in_simulation(tmp_path: Path) -> None:
+def test_the_recipe_of_flares_name_runs_in_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     recipe = FedAvgRecipeWithHE(
         min_clients=2,
@@ -612,10 +600,25 @@ def test_the_recipe_of_flares_name_runs_in_simulation(tmp_path: Path) -> None:
         params_transfer_type="DIFF",
         server_expected_format="numpy",
     )
+    given_back: list[str] = []
+    for where in ("sfl.server.callbacks", "sfl.client.callbacks"):
+        monkeypatch.setattr(f"{where}.trim", lambda where=where: given_back.append(where))
     result = recipe.execute()
+    assert given_back == ["sfl.server.callbacks"] * 2 + ["sfl.client.callbacks"] * 2 + ["sfl.server.callbacks"]
+    again = recipe.resolved()
+    assert again.resolved() == again
     assert [name for name, _, _ in Layout.read(result.parameters).closed] == ["conv1.w"]
     assert np.allclose(result.open()["conv1.w"], 2.0, atol=1e-6)
     assert np.allclose(result.open()["fc.w"], 3.0, atol=1e-6)
+
+
+def test_a_cache_on_a_gpu_is_emptied_after_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[str] = []
+    there = SimpleNamespace(is_available=lambda: True, empty_cache=lambda: emptied.append("yes"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=there))
+    for name in (EVALUATE, FIT):
+        TrimSiteMemory(cuda=True).on_task_finished("a", Task(name, 1, {}), Reply("a", Status.USED))
+    assert emptied == ["yes"]
 
 
 @pytest.mark.parametrize(
@@ -671,6 +674,7 @@ def test_keys_are_made_and_a_model_is_opened(tmp_path: Path, capsys: pytest.Capt
     context.write_bytes(result.key or b"")
     assert main(["he", "open", str(newest), "--context", str(context), "--out", str(tmp_path / "m.safetensors")]) == 0
     assert (tmp_path / "m.safetensors").exists()
+    assert main(["he", "open", str(run / "checkpoints" / "none.safetensors")]) == 2
     (run / "sites" / "simulated_4096.tenseal").unlink()
     assert main(["he", "open", str(run)]) == 2
     assert main(["he", "open", str(tmp_path)]) == 2
@@ -855,3 +859,29 @@ def test_a_servers_name_and_odd_ones_get_no_keys(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert main(["he", "keys", "a", "--out", str(tmp_path / "file")]) == 2
     assert not (tmp_path / "keys").exists()
+
+
+# an application
+
+
+@pytest.mark.slow
+def test_an_applications_model_is_written_where_a_key_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, key = tmp_path / "run", tmp_path / "run" / "sites" / "simulated_4096.tenseal"
+    tiny = ["--num-rounds", "1", "--local-steps", "1", "--batch-size", "2", "--block-size", "32", "--workers", "1"]
+    assert main(["run", "llm", "--he", *tiny, "--eval-documents", "2", "--out", str(run)]) == 0
+    assert "a site's key that is here has opened it" in capsys.readouterr().out
+    made = (run / "model" / "adapter_model.safetensors").read_bytes()
+    kept = tmp_path / CLIENT_CONTEXT
+    key.rename(kept)
+    (run / "model" / "adapter_model.safetensors").unlink()
+    assert main(["he", "open", str(run)]) == 2
+    assert "must be opened with a site's" in capsys.readouterr().err
+    assert main(["he", "open", str(run), "--context", str(kept)]) == 0
+    assert (run / "model" / "adapter_model.safetensors").read_bytes() == made
+    application = APPLICATIONS["llm"].load()
+    state = Checkpoints(RunFolder(run).checkpoints).load_latest(lambda text: None)
+    assert state is not None
+    said: list[str] = []
+    config = resolve_job("llm", None, run, {}).config
+    application.export(config, state.parameters, RunFolder(run), said.append)
+    assert said == [f"the model is sealed; who has a site's key opens it: sfl he open {run} --context FILE"]

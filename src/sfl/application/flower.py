@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def server_app(application: Application[Any], kind: type[RunConfig]) -> ServerAp
     def finish(options: Mapping[str, Any], launch: Launch) -> None:
         config, _ = _recipe(application, kind, options)
         folder = RunFolder(Path(launch.read_settings()["out"]))
-        application.export(config, load_state(launch.final).parameters, folder)
+        application.export(config, load_state(launch.final).parameters, folder, logging.getLogger(__name__).info)
 
     return configured_server(begin, finish)
 

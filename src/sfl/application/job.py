@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -14,8 +15,10 @@ from sfl.core.events import Event, Notice, Observer, RunStarted
 from sfl.errors import ConfigError
 from sfl.io.console import console_observer
 from sfl.io.run_folder import RunFolder
+from sfl.privacy.he.opening import opened
+from sfl.privacy.he.packing import is_sealed
 from sfl.privacy.runner_utils import calibrated
-from sfl.recipe import Environment, Recipe, RunResult
+from sfl.recipe import Environment, Recipe
 from sfl.train.devices import count_gpus, plan_workers
 from sfl.train.pretrained import Pretrained
 from sfl.train.sources import absolute
@@ -83,7 +86,8 @@ class Application(Generic[C]):
             try:
                 recipe = self._recipe(pinned, model)
                 result = recipe.execute(env, out=folder.path, resume=resume is not None, observers=(console, went_on))
-                self._finish(pinned, result, folder, console)
+                said = partial(_tell, console)
+                self.export(pinned, result.parameters, folder, said, key=result.key)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(str(folder.path)) from None  # says which run can be resumed
             console(Notice(text=f"report: {folder.path / 'report.html'}"))
@@ -124,29 +128,42 @@ class Application(Generic[C]):
             say(line)
         return self._recipe(pinned, model)
 
-    def export(self, config: C, parameters: Parameters, folder: RunFolder) -> None:
-        """Write the final model into a run's folder, and what it says into the report."""
+    def export(
+        self,
+        config: C,
+        parameters: Parameters,
+        folder: RunFolder,
+        say: Callable[[str], object],
+        *,
+        key: bytes | None = None,
+    ) -> None:
+        """Write the final model into a run's folder, and what it says into the report, if anybody here can read it.
+
+        Args:
+            config: The run's.
+            parameters: As the server has them.
+            folder: The run's.
+            say: Called with what a person should know.
+            key: What opens parameters that sites have sealed.
+        """
         from sfl.application.server import WorkloadServer
 
+        if is_sealed(parameters):
+            if key is None:
+                say(f"the model is sealed; who has a site's key opens it: sfl he open {folder.path} --context FILE")
+                return
+            say("the model is sealed; a site's key that is here has opened it")
+            parameters = opened(parameters, key)
         model = self.find_model(config.client.model)
         server = WorkloadServer(workload=self.workload(config, model), device=_own_device(config))
         server.export(parameters, folder)
+        say(f"model:  {folder.model}")
 
     def _kept(self, folder: RunFolder, resume: Path | None) -> Kept:
         return Kept(self.name, folder, resume=resume is not None)
 
     def _recipe(self, config: C, model: Pretrained) -> Recipe:
         return self.recipe(config, model, device=_own_device(config))
-
-    def _finish(self, config: C, result: RunResult, folder: RunFolder, console: Observer) -> None:
-        """Write the final model, if anybody here can read it."""
-        if result.is_sealed and result.key is None:
-            console(Notice(text=f"the model is sealed; who has a site's key opens it: sfl he open {folder.path}"))
-            return
-        if result.is_sealed:
-            console(Notice(text="the model is sealed; its sites were all on this machine, so their key has opened it"))
-        self.export(config, result.open(), folder)
-        console(Notice(text=f"model:  {folder.model}"))
 
     def _pinned(self, config: C, model: Pretrained, resume: Path | None) -> C:
         """The configuration with everything that depends on today, this folder or the hub written out."""
@@ -162,6 +179,10 @@ class Application(Generic[C]):
 def _own_device(config: RunConfig) -> str:
     """Where the server evaluates."""
     return plan_workers(1, 1, config.client.device, count_gpus(), 1)[0]
+
+
+def _tell(console: Observer, text: str) -> None:
+    console(Notice(text=text))
 
 
 def _say_notice(event: Event, say: Callable[[str], object]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
+from sfl.cli.applications import APPLICATIONS, job_of_run, resolve_job
+from sfl.engine.nvflare.federation import NAME
 from sfl.errors import ConfigError
 
 __all__ = ["keys", "open_model"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,62}")
 _SERVER = "server"
 
 
@@ -26,7 +26,7 @@ def keys(sites: str, *, out: Path = Path("he-keys"), holder: str = "") -> int:
     from sfl.privacy.he.contexts import CLIENT_CONTEXT, SERVER_CONTEXT, make_contexts
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names) or not all(map(_NAME.fullmatch, names)) or _SERVER in names:
+    if not names or len(set(names)) < len(names) or not all(map(NAME.fullmatch, names)) or _SERVER in names:
         raise ConfigError(
             f"sites must be names of letters, digits and . @ _ -, each once, separated by commas, and none of them "
             f"{_SERVER}, got {sites!r}."
@@ -49,7 +49,8 @@ def open_model(run: Path, *, context: Path | None = None, out: Path | None = Non
     Args:
         run: Folder of the run, or a checkpoint of it.
         context: A site's client_context.tenseal; by default that of a run whose sites were all on this machine.
-        out: A file for the parameters, in safetensors' format; by default model.safetensors in the run's folder.
+        out: A file for the parameters, in safetensors' format. By default the model of an application's run is written
+            as at the end of any run, and that of another one into model.safetensors in its folder.
     """
     from safetensors.numpy import save_file
 
@@ -60,13 +61,19 @@ def open_model(run: Path, *, context: Path | None = None, out: Path | None = Non
     from sfl.privacy.he import CKKS
     from sfl.privacy.he.opening import opened
 
-    folder = run if run.is_dir() else run.parent.parent
-    found = Checkpoints(RunFolder(run).checkpoints).paths() if run.is_dir() else [run]
-    if not found:
+    place = run if run.is_dir() else run.parent.parent if run.parent.name == "checkpoints" else run.parent
+    folder = RunFolder(place)
+    found = Checkpoints(folder.checkpoints).paths() if run.is_dir() else [run]
+    if not found or not found[-1].is_file():
         raise ConfigError(f"run must be the folder of a run with checkpoints, or one of them, got {run}.")
-    key = context.read_bytes() if context is not None else CKKS().key(SecretStore(RunFolder(folder).sites / "any"))
+    key = context.read_bytes() if context is not None else CKKS().key(SecretStore(folder.sites / "any"))
     parameters = opened(load_state(found[-1]).parameters, key)
-    target = out or folder / "model.safetensors"
+    if out is None and folder.config.is_file():
+        job = job_of_run(place)
+        config = resolve_job(job, None, place, {}).config
+        APPLICATIONS[job].load().export(config, parameters, folder, lambda text: sys.stdout.write(f"{text}\n"))
+        return 0
+    target = out or place / "model.safetensors"
     with writing(target):
         save_file(parameters, target)
     sys.stdout.write(f"{len(parameters)} arrays in {target}\n")

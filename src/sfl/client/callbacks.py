@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 from sfl.core.moments import check_moments
-from sfl.core.task import Reply, Task
+from sfl.core.task import FIT, Reply, Task
+from sfl.utils.memory import trim
 
-__all__ = ["SiteCallback"]
+__all__ = ["SiteCallback", "TrimSiteMemory"]
 
 
 class SiteCallback:
@@ -34,3 +38,29 @@ class SiteCallback:
 
     def on_site_closed(self, site: str) -> None:
         """The site's client is let go: the run is over, or a task has failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimSiteMemory(SiteCallback):
+    """Gives a site's memory back after rounds that it trained in.
+
+    It works in the site's own process: a script in a process of its own keeps its memory to itself.
+
+    Attributes:
+        every: After each n-th round; 0 never.
+        cuda: Whether torch's cache on a GPU is emptied after each round.
+    """
+
+    every: int = 0
+    cuda: bool = False
+
+    def on_task_finished(self, site: str, task: Task, reply: Reply) -> None:
+        """Collect, and give back."""
+        if task.name != FIT:
+            return
+        if self.every and task.round % self.every == 0:
+            gc.collect()
+            trim()
+        torch: Any = sys.modules.get("torch")
+        if self.cuda and torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()

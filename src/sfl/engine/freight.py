@@ -6,9 +6,7 @@ holds; the server draws it when its turn comes, so until then it takes no memory
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -22,6 +20,7 @@ from sfl.engine.base import late
 from sfl.engine.pieces import Source, Target, layout_of, of_piece, spans
 from sfl.engine.wire import FORMAT, read_answer
 from sfl.types import Array, Parameters
+from sfl.utils.memory import trim
 
 Key: TypeAlias = Hashable
 Post: TypeAlias = Callable[[str, str, Parameters], Key]
@@ -149,7 +148,7 @@ class Freight:
         text = self._said.pop(key, None)
         if text is None:
             return reply
-        _trim()
+        trim()
         self._draw(*key, text)
         deadline = time.monotonic() + limit
         while key not in self._drawn:
@@ -266,13 +265,6 @@ def _accepted(answer: tuple[str, Parameters] | str, transfer: _Transfer, start: 
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"a piece must be answered with what was asked, got {text!r:.80}") from error
     return arrays
-
-
-def _trim() -> None:
-    """Give memory that messages took, and that nothing is in any more, back to the system, where the C library can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _rejected(ticket: int, site: str, why: str) -> Reply:

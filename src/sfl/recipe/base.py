@@ -30,7 +30,6 @@ from sfl.privacy.filters.quantise import Quantise, QuantiseBounded
 from sfl.privacy.rules import check_examples, check_together
 from sfl.server.callbacks import Callback
 from sfl.server.job import Job
-from sfl.server.sealed import SealedModel
 from sfl.server.secure import averages, check_secure, check_whole_numbers
 from sfl.server.selection import Mode, Selection
 from sfl.server.session import RunResult
@@ -135,14 +134,6 @@ class Recipe(ABC):
         private = bool(self.mechanisms) or self.example_budget is not None
         rule = self._heeded(self.rule(), algorithm)
         aggregator, server_chain = self._server_side()
-        secure = self._secure_sum()
-        if secure is not None and secure.seals and isinstance(algorithm, Algorithm):
-            if self.central is not None:
-                raise CompositionError(
-                    "central must be none under homomorphic encryption without a holder, got a function: the server "
-                    "cannot read the model that it would evaluate. Leave it to the sites' evaluation."
-                )
-            algorithm = SealedModel(algorithm, secure)
         equal = (
             private
             or self.federation.weighting == "equal"
@@ -162,7 +153,7 @@ class Recipe(ABC):
                 callbacks=self.site_callbacks,
                 example_budget=self.example_budget,
                 rule=rule,
-                secure=secure,
+                secure=self._secure_sum(),
             ),
             federation=self.federation,
             server_chain=server_chain,
@@ -195,6 +186,11 @@ class Recipe(ABC):
         check_whole_numbers(self.mechanisms, self.secure)
         if self.secure is not None:
             check_secure(self.secure, self.aggregator, algorithm, self.mechanisms, self.federation)
+            if self.secure.seals and self.central is not None:
+                raise CompositionError(
+                    "central must be none under homomorphic encryption without a holder, got a function: the server "
+                    "cannot read the model that it would evaluate. Leave it to the sites' evaluation."
+                )
         if self.mechanisms:
             (self.budget or PrivacyBudget()).make_accountant().require()
         if isinstance(algorithm, Algorithm):

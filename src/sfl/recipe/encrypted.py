@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from sfl.client.callbacks import TrimSiteMemory
 from sfl.core.aggregator import Aggregator, WeightedMean
 from sfl.core.secure import SecureSum
 from sfl.errors import CompositionError, ConfigError
 from sfl.privacy.he import CKKS
 from sfl.recipe.averaging import FedAvgRecipe
+from sfl.server.callbacks import TrimMemory
 
 __all__ = ["FedAvgRecipeWithHE"]
 
@@ -29,9 +31,9 @@ class FedAvgRecipeWithHE(FedAvgRecipe):
         he_clip: Largest number that is encrypted; see ``CKKS.clip``.
         he_max_weight: Largest number of examples that a site counts with; 1 lets all sites count the same.
         he_holder: The one site that can decrypt; see ``CKKS.holder``.
-        server_memory_gc_rounds: Accepted for FLARE's sake: memory is given back after every message.
-        client_memory_gc_rounds: The same.
-        cuda_empty_cache: The same: a site's process keeps one model, and caches nothing beside it.
+        server_memory_gc_rounds: After each n-th round the server collects garbage and gives memory back; 0 never.
+        client_memory_gc_rounds: So do sites; see ``TrimSiteMemory``.
+        cuda_empty_cache: Whether sites empty torch's cache on a GPU after each round.
 
     Raises:
         ConfigError: If an argument is out of its range.
@@ -78,7 +80,16 @@ class FedAvgRecipeWithHE(FedAvgRecipe):
 
     def resolved(self) -> Self:
         """The same job, with what keeps updates from the server."""
+        if self.secure is not None:
+            return super().resolved()
         weighting = self.federation.weighting or ("examples" if self.he_max_weight > 1 else "")
         job = super().resolved()
         federation = replace(job.federation, weighting=weighting) if weighting else job.federation
-        return replace(job, secure=self.encryption(), federation=federation)
+        callbacks, site_callbacks = job.callbacks, job.site_callbacks
+        if self.server_memory_gc_rounds:
+            callbacks = (*callbacks, TrimMemory(self.server_memory_gc_rounds))
+        if self.client_memory_gc_rounds or self.cuda_empty_cache:
+            own = TrimSiteMemory(every=self.client_memory_gc_rounds, cuda=self.cuda_empty_cache)
+            site_callbacks = (*site_callbacks, own)
+        secure = self.encryption()
+        return replace(job, secure=secure, federation=federation, callbacks=callbacks, site_callbacks=site_callbacks)

@@ -7,6 +7,7 @@ checkpointed. To only watch a run from the user's own process, pass an observer 
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable as Function
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from sfl.core.moments import check_moments
 from sfl.errors import ConfigError
 from sfl.server.selection import is_better, lower_is_better
 from sfl.types import Parameters, StateTree
+from sfl.utils.memory import trim
 
-__all__ = ["Callback", "EarlyStopping", "RunView"]
+__all__ = ["Callback", "EarlyStopping", "RunView", "TrimMemory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +154,20 @@ class EarlyStopping(Callback):
             run.memory.update(best=value, round=event.round)
         elif event.round - int(str(run.memory["round"])) >= self.patience:
             run.stop(f"{self.metric} has not improved on {best:.6g} of round {run.memory['round']} since")
+
+
+@dataclass(frozen=True)
+class TrimMemory(Callback):
+    """Gives the server's memory back.
+
+    Attributes:
+        every: After each n-th round.
+    """
+
+    every: int = 1
+
+    def on_round_finished(self, run: RunView, event: events.RoundFinished) -> None:  # noqa: ARG002
+        """Collect, and give back."""
+        if event.round % self.every == 0:
+            gc.collect()
+            trim()

@@ -14,6 +14,7 @@ from sfl.engine.base import Engine
 from sfl.errors import BudgetExhausted
 from sfl.server.job import Job
 from sfl.server.run import Hooks, Run, said_of_examples
+from sfl.server.secure import finished
 from sfl.server.workflow import Sites, Workflow
 
 __all__ = ["Hooks", "charges", "federate"]
@@ -77,7 +78,7 @@ def _round(run: Run, algorithm: Algorithm, state: ServerState) -> ServerState:
         generator = rng.public(job.federation.seed, task.round, "server-transform")
         aggregate, mechanisms = job.server_chain.apply(aggregate, state.mechanisms, generator)
         del task
-        state = replace(algorithm.finish(state, aggregate), mechanisms=mechanisms)
+        state = replace(finished(job.program.secure, algorithm, state, aggregate), mechanisms=mechanisms)
         del aggregate
     for text in job.program.chain.remarks(fit):
         run.emit(Notice(text=text, level="warning"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from sfl.core import arrays, check
 from sfl.core.aggregator import Aggregator, Sum, WeightedMean
-from sfl.core.algorithm import Algorithm
+from sfl.core.algorithm import Algorithm, ServerState
 from sfl.core.events import Notice
 from sfl.core.mechanism import Mechanism
 from sfl.core.quantise import FLOAT32
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sfl.server.run import Run
     from sfl.server.workflow import Workflow
 
-__all__ = ["averages", "check_secure", "check_whole_numbers", "gathered"]
+__all__ = ["averages", "check_secure", "check_whole_numbers", "finished", "gathered"]
 
 
 def gathered(run: Run, secure: SecureSum, task: Task, cohort: Sequence[str]) -> tuple[Update, Metrics]:
@@ -208,6 +208,17 @@ def _check_sealed(
         raise CompositionError(
             f"message_dtype must be float32 where messages are ciphertexts, got {federation.message_dtype}. {other}"
         )
+
+
+def finished(secure: SecureSum | None, algorithm: Algorithm, state: ServerState, aggregate: Update) -> ServerState:
+    """The state after a round: sealed arrays take the place of what they are of, all others are the algorithm's."""
+    sealed = secure.sealed(aggregate.delta) if secure is not None else {}
+    if secure is None or not sealed:
+        return algorithm.finish(state, aggregate)
+    plain = {name: value for name, value in aggregate.delta.items() if name not in sealed}
+    bare = secure.bare(state.parameters, sealed)
+    state = algorithm.finish(replace(state, parameters=bare), replace(aggregate, delta=plain))
+    return replace(state, parameters={**sealed, **state.parameters})
 
 
 def averages(algorithm: Algorithm | Workflow) -> bool:

@@ -32,6 +32,7 @@ RESULT = "run"
 _TAKEN = ("names", "resume", "workers", "gpus", "devices", "num_clients", "threads", "job")
 _OURS = (
     "sfl.application.",
+    "sfl.client.callbacks:",
     "sfl.client.ditto:",
     "sfl.client.inference:",
     "sfl.client.rule:",

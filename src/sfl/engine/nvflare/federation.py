@@ -16,7 +16,8 @@ ADMIN, SERVER = "admin@sfl.poc", "server"
 ROLES = ("project_admin", "org_admin", "lead", "member")
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,}")
 _ORG = re.compile(r"[A-Za-z0-9_]+")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,62}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.@_-]{0,62}")
+"""What a participant may be called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Federation:
     def __post_init__(self) -> None:
         everyone = [self.server.name, *(m.name for m in (*self.sites, *self.admins))]
         for name in (self.name, *everyone):
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ConfigError(f"a participant's name must be of letters, digits and . @ _ -, got {name!r}.")
         twice = sorted({name for name in everyone if everyone.count(name) > 1})
         if twice:

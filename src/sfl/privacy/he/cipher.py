@@ -134,11 +134,8 @@ class Cipher:
         """Add one ciphertext to another, in its place."""
         try:
             self._evaluator.add_inplace(total, more)
-        except (
-            ValueError,
-            RuntimeError,
-        ):  # SEAL adds, and then dislikes a sum of nothing: two sites have sent opposites
-            if not total.is_transparent():
+        except (ValueError, RuntimeError):
+            if not total.is_transparent():  # where two sites have sent opposites SEAL has added, and dislikes the sum
                 raise
 
     def packed(self, ciphertext: Any) -> bytes:
