@@ -39,8 +39,8 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     return made
 
 
-def ask(process: SiteProcess, site: str, exchange: int = 1, *, round: int = 1) -> tuple[Status, str]:
-    parameters = {"w": np.ones(3, np.float32)}
+def ask(process: SiteProcess, site: str, exchange: int = 1, *, round: int = 1, size: int = 3) -> tuple[Status, str]:
+    parameters = {"w": np.ones(size, np.float32)}
     text, arrays = pack_task(exchange, Task("fit", round, parameters), {name: i for i, name in enumerate(NAMES)})
     reply = read_answer(*process.run(site, text, arrays), site, exchange)
     return reply.status, reply.reason
@@ -88,12 +88,14 @@ def test_a_process_that_has_died_is_replaced_and_ends_with_its_keeper(launch: La
 
 
 @pytest.mark.slow
-def test_a_task_that_kills_its_process_fails_its_own_site_alone(launch: Launch, keeper: int) -> None:
+@pytest.mark.parametrize("size", [3, 4_000_000], ids=["small", "an answer that takes its time"])
+def test_a_task_that_kills_its_process_fails_its_own_site_alone(launch: Launch, keeper: int, size: int) -> None:
     launch.write_program(SiteProgram(client=clients.Dies, kwargs={"marker": str(launch.folder / "died")}))
     sides = {name: SiteProcess(launch, "0", keeper) for name in NAMES}
     answers: dict[str, tuple[Status, str]] = {}
     asking = [
-        threading.Thread(target=lambda n=name: answers.update({n: ask(sides[n], n, 2, round=2)})) for name in NAMES
+        threading.Thread(target=lambda n=name: answers.update({n: ask(sides[n], n, 2, round=2, size=size)}))
+        for name in reversed(NAMES)
     ]
     for thread in asking:
         thread.start()

@@ -221,18 +221,21 @@ def _converse(connection: Connection, host: SiteHost, holding: Holding, turn: _T
                 return
             try:
                 turn.note()
-                answered = _passed(holding, site.decode(), text.decode(), arrays)
-                if answered is None:
-                    with turn:
-                        connection.send_bytes(_BEGUN)
-                        answered = _answer(host, holding, site.decode(), text.decode(), arrays)
-                else:  # a piece, which waits for nobody's work
+                passed = _passed(holding, site.decode(), text.decode(), arrays)
+                if passed is not None:  # a piece, which waits for nobody's work
                     connection.send_bytes(_BEGUN)
-                answer, delta = answered
-                connection.send_bytes(answer.encode())
-                connection.send_bytes(delta)
+                    _send(connection, passed)
+                    continue
+                with turn:  # until the answer is out: the next site's task may be the end of this process
+                    connection.send_bytes(_BEGUN)
+                    _send(connection, _answer(host, holding, site.decode(), text.decode(), arrays))
             except OSError:
                 return
+
+
+def _send(connection: Connection, answer: tuple[str, bytes]) -> None:
+    connection.send_bytes(answer[0].encode())
+    connection.send_bytes(answer[1])
 
 
 def _passed(holding: Holding, site: str, text: str, arrays: bytes) -> tuple[str, bytes] | None:
