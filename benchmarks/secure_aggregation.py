@@ -1,6 +1,7 @@
 """What secure sums cost: CPU-seconds and bytes, per site and on the server, against plain sums in one run.
 
     python benchmarks/secure_aggregation.py [--sites 2,5,10,20,50,100] [--parameters 1000000] [--lost 0.05]
+                                            [--only rounds|graphs|encrypted|layers|memory|processes]
 
 Secure aggregation by masks, and homomorphic encryption, with a key that sites share and with a holder. Each row is one
 round over all sites in this process, so that CPU time is that of the protocol alone: no training, no wire. Plain is the
@@ -16,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from sfl.core.secure import SecureSum, Step
 from sfl.core.task import EVALUATE, FIT, Task, Update
 from sfl.io.site_store import SecretStore
 from sfl.privacy.he import CKKS
-from sfl.privacy.he.packing import framed, parts_of
+from sfl.privacy.he.crew import cores
+from sfl.privacy.he.packing import LAYOUT, framed, parts_of
 from sfl.privacy.he.server import OPEN
 from sfl.privacy.secagg import SecAgg
 from sfl.privacy.secagg.graph import arranged, degree, neighbours
 
 RESULTS = Path(__file__).parent / "results"
+PARTS = ("rounds", "graphs", "encrypted", "layers", "memory", "processes")
 
 
 @dataclass
@@ -164,16 +167,35 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--lost", type=float, default=0.05, help="share of the sites that is lost in the second table")
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--only", choices=PARTS, help="measure one part anew; results of the others stay")
     parser.add_argument("--part", help="play one part, for its memory to be measured")
     args = parser.parse_args()
     if args.part:
         play(args.part, args.parameters)
         return
-    size, rows = args.parameters, list[dict[str, Any]]()
-    for n in map(int, args.sites.split(",")):
-        for lost in sorted({0, round(args.lost * n)}):
-            cost = median_round(SecAgg(), n, size, lost, args.times)
-            plain = statistics.median(plain_round(n, size) for _ in range(args.times))
+    size, sites = args.parameters, list(map(int, args.sites.split(",")))
+    made = {
+        "rounds": lambda: masked_rows(sites, size, args.lost, args.times),
+        "graphs": lambda: graph_rows(size),
+        "encrypted": lambda: [row for n in sites for row in encrypted_rows(n, size, args.times)],
+        "layers": lambda: layer_rows(args.times),
+        "memory": memory_rows,
+        "processes": lambda: process_rows(args.times),
+    }
+    found = json.loads((RESULTS / "secure_aggregation.json").read_text()) if args.only else {"parameters": size}
+    for part in [args.only] if args.only else PARTS:
+        found[part] = made[part]()
+        found.setdefault("days", {})[part] = f"{datetime.now(UTC):%Y-%m-%d}"
+    write(found)
+
+
+def masked_rows(sites: list[int], size: int, lost_share: float, times: int) -> list[dict[str, Any]]:
+    """Rounds under masks, with all sites and with some lost."""
+    rows = list[dict[str, Any]]()
+    for n in sites:
+        for lost in sorted({0, round(lost_share * n)}):
+            cost = median_round(SecAgg(), n, size, lost, times)
+            plain = statistics.median(plain_round(n, size) for _ in range(times))
             rows.append(
                 {
                     "sites": n, "lost": lost, "neighbours": SecAgg().degree(n).neighbours,
@@ -183,12 +205,16 @@ def main() -> None:
                 }
             )  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def graph_rows(size: int) -> list[dict[str, Any]]:
+    """Federations of a size that this machine does not hold, by their graphs."""
     graphs = [drawn_rounds(n, SecAgg().corrupt, SecAgg().dropped, 200) for n in (100, 1_000, 10_000)]
     for graph in graphs:
         graph["CPU-s a site"] = site_among(graph["sites"], size)
         print(json.dumps(graph), flush=True)
-    encrypted = [row for n in map(int, args.sites.split(",")) for row in encrypted_rows(n, size, args.times)]
-    write(rows, graphs, encrypted, [layer_rows(args.times), memory_rows()], size)
+    return graphs
 
 
 def encrypted_rows(n: int, size: int, times: int) -> list[dict[str, Any]]:
@@ -252,6 +278,36 @@ def memory_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def process_rows(times: int) -> list[dict[str, Any]]:
+    """How long a site waits for its encryption, in as many processes as this machine has cores, and in one."""
+    rows, size = list[dict[str, Any]](), 20_000_000
+    model = {"w": np.full(size, 0.5, np.float32)}
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for _ in range(times):
+        for processes in (1, cores()):
+            secure = replace(CKKS().among(2, 5, processes), least=1)  # what one has sent is opened
+            site, task = secure.site("a", SecretStore(None)), Task(FIT, 1, model)
+            site.opened(task)
+            started = time.perf_counter()
+            sent = site.closed(Update("a", model, 1.0), task, model).delta
+            between = time.perf_counter()
+            site.opened(Task(EVALUATE, 1, {LAYOUT: secure.layout(model, ["w"]).packed(), **sent}))
+            seconds.setdefault((processes, "encrypt"), []).append(between - started)
+            seconds.setdefault((processes, "decrypt"), []).append(time.perf_counter() - between)
+    for processes in (1, cores()):
+        both = {what: statistics.median(seconds[processes, what]) for what in ("encrypt", "decrypt")}
+        first = {what: statistics.median(seconds[1, what]) for what in both}
+        rows.append(
+            {
+                "processes": processes, "numbers": size,
+                **{f"seconds to {what}": both[what] for what in both},
+                **{f"{what} ratio": both[what] / first[what] for what in both},
+            }
+        )  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def play(part: str, size: int) -> None:
     """Be a site that encrypts, or a server that adds up what five have sent; the model, and an update, are there."""
     secure = CKKS().among(2, 5)
@@ -309,54 +365,49 @@ def esm2_shapes() -> dict[str, Any]:
     return {name: value.detach().numpy() for name, value in EsmForMaskedLM(config).named_parameters()}
 
 
-def write(
-    rows: list[dict[str, Any]],
-    graphs: list[dict[str, Any]],
-    encrypted: list[dict[str, Any]],
-    more: list[list[dict[str, Any]]],
-    size: int,
-) -> None:
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
+def write(found: dict[str, Any]) -> None:
+    """All that is known, for people and for programs."""
+    days = ", ".join(f"{day} ({part})" for part, day in found["days"].items())
     lines = [
         "# What secure sums cost",
         "",
-        f"{size:,} parameters, {day}; one core, CPU time, medians.",
+        f"{found['parameters']:,} parameters; CPU time, medians. Measured {days}.",
         "",
         "## Secure aggregation by masks",
         "",
         "Words of 32 bits. Bytes down leave out the model, which is the same with and without.",
         "",
-        *table(rows),
+        *table(found["rounds"]),
         "",
         "By the graph alone: rounds drawn at random, with a tenth of the sites lost and a fifth that pools what it",
         "knows with the server; those whose sum could not be opened, those in which a site's secrets could have been,",
         "and what masking costs one site.",
         "",
-        *table(graphs),
+        *table(found["graphs"]),
         "",
         "## Homomorphic encryption",
         "",
         "Bytes are of one site and one round. With a shared key a site decrypts the model that it is sent; with a",
         "holder that one site decrypts, and what goes down is the model in the clear.",
         "",
-        *table(encrypted),
+        *table(found["encrypted"]),
         "",
         "What a site pays for encrypting some arrays of ESM2 with 8 million parameters; the server sees the others.",
         "",
-        *table(more[0]),
+        *table(found["layers"]),
         "",
         "Memory beyond that of a process that holds the model and an update; a model as ciphertexts is 15.1 bytes a",
         "number, four times float32.",
         "",
-        *table(more[1]),
+        *table(found["memory"]),
+        "",
+        "TenSEAL holds Python's lock, so a site has processes to help it where it has cores: seconds that pass, and",
+        "their ratio to those of one process in the same run.",
+        "",
+        *table(found["processes"]),
     ]
     (RESULTS / "secure_aggregation.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (RESULTS / "secure_aggregation.json").write_text(
-        json.dumps(
-            {"rounds": rows, "graphs": graphs, "encrypted": encrypted, "layers": more[0], "memory": more[1]}, indent=1
-        )
-        + "\n"
-    )
+    (RESULTS / "secure_aggregation.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

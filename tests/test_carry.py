@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,9 +16,11 @@ from scripts import EXAMPLES, LOOP, recipe, write
 from sfl.client.script_code import placed, script_files, unplaced
 from sfl.engine.launch import Launch
 from sfl.engine.nvflare.carried import carried_by_server, carried_by_site, given_launch
+from sfl.engine.nvflare.controller import keep_ports
 from sfl.engine.nvflare.job import write_carrying_job
 from sfl.engine.owner import KEY as KEY_FILE
 from sfl.engine.owner import new_key, run_of
+from sfl.engine.ports import own_ports
 from sfl.env.carry import Cargo, carried_settings
 from sfl.env.production import export_job
 from sfl.errors import ConfigError, EngineError
@@ -255,3 +258,13 @@ def test_an_exported_job_says_nothing_of_this_machine(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="output must be a new or empty folder"):
         exported(sum_recipe(), tmp_path / "mine")
     assert carried_settings(sum_recipe().build(), "cpu")["devices"] == ["cpu"]
+
+
+def test_a_simulator_gives_each_site_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvflare.private.fed.app.simulator import simulator_runner
+
+    monkeypatch.setattr(simulator_runner, "get_open_ports", simulator_runner.get_open_ports)  # put back afterwards
+    keep_ports()
+    assert simulator_runner.get_open_ports is own_ports
+    monkeypatch.delitem(sys.modules, simulator_runner.__name__)
+    keep_ports()  # what is no simulator is left alone

@@ -64,7 +64,7 @@ class Federation:
     parameters: Parameters = field(default_factory=lambda: dict(MODEL))
 
     def __post_init__(self) -> None:
-        self.secure = self.secure.among(2, self.n)
+        self.secure = self.secure.among(2, self.n, self.secure.threads)
         self.names = [f"site-{number + 1}" for number in range(self.n)]
         draw = np.random.default_rng(self.n)
         self.updates: dict[str, Parameters] = {

@@ -152,8 +152,14 @@ class SecureSum(ABC):
             CompositionError: If not, with what to change.
         """
 
-    def among(self, least: int, planned: int) -> SecureSum:  # noqa: ARG002
-        """The same for rounds of ``planned`` sites, which refuse sums of fewer than ``least`` if they can know."""
+    def among(self, least: int, planned: int, threads: int = 1) -> SecureSum:  # noqa: ARG002
+        """The same for rounds of ``planned`` sites, which refuse sums of fewer than ``least`` if they can know.
+
+        Args:
+            least: Sites that a sum must be of.
+            planned: Sites of a round.
+            threads: With how many each simulated site may compute.
+        """
         return self
 
     def on_grid(self, grid: float, reach: float) -> SecureSum:  # noqa: ARG002

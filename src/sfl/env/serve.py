@@ -20,6 +20,7 @@ from sfl.io.tree import load_tree, write_text
 from sfl.recipe import Recipe
 from sfl.server.job import Job
 from sfl.server.session import run_job
+from sfl.utils.memory import return_large
 from sfl.utils.plain import restore
 
 __all__ = ["serve"]
@@ -37,6 +38,7 @@ def serve(launch: Launch, engine: Callable[[], Engine]) -> None:
         launch: The folder in which driver and server meet.
         engine: Connects to the sites; what it raises is part of the outcome.
     """
+    return_large()
     try:
         with EventWriter(launch.events) as relay:
             settings = launch.read_settings()

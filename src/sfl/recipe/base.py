@@ -227,7 +227,7 @@ class Recipe(ABC):
         if self.secure is None:
             return None
         federation = self.federation
-        secure = self.secure.among(federation.min_available_clients, federation.planned_sites)
+        secure = self.secure.among(federation.min_available_clients, federation.planned_sites, federation.threads)
         gridded = [mechanism for mechanism in self.mechanisms if mechanism.grid]
         return secure.on_grid(gridded[0].grid, gridded[0].reach(federation.planned_sites)) if gridded else secure
 

@@ -6,6 +6,7 @@ import gc
 import json
 import queue
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from sfl.engine.kit import use_server_kit
 from sfl.engine.launch import Launch, resolve_server
 from sfl.engine.nvflare.carried import bring_home, carried_by_server, given_launch
 from sfl.engine.nvflare.messages import OTHER, TASKS, pack, unpack
+from sfl.engine.ports import own_ports
 from sfl.engine.wire import pack_task, read_answer
 from sfl.errors import EngineError
 from sfl.types import Parameters
@@ -54,7 +56,8 @@ class SflController(Controller):
         self._launch, self._what = launch, what
 
     def start_controller(self, fl_ctx: FLContext) -> None:
-        """Nothing to prepare."""
+        """No site of a simulator, whoever started it, is to lose its port to another process."""
+        keep_ports()
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """The whole job."""
@@ -85,6 +88,17 @@ class SflController(Controller):
     ) -> None:
         """A site that was late: its round is over."""
         self.log_info(fl_ctx, f"late result of {task_name} from {client.name} left out")
+
+
+def keep_ports() -> None:
+    """In a process that is FLARE's simulator, give each site a port that is its own.
+
+    FLARE closes a port before it gives it out: another site or process may have it by then, and its site is lost, for
+    which a run without a limit of time waits for good.
+    """
+    runner = sys.modules.get("nvflare.private.fed.app.simulator.simulator_runner")
+    if runner is not None:
+        cast("Any", runner).get_open_ports = own_ports
 
 
 def _events_since(launch: Launch, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:

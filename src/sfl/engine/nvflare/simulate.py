@@ -15,10 +15,10 @@ from sfl.engine import flower
 from sfl.engine.flower.app_folder import write_app
 from sfl.engine.flower.knock import names_in
 from sfl.engine.launch import Launch
+from sfl.engine.nvflare.controller import keep_ports
 from sfl.engine.nvflare.decided import end_once_decided
 from sfl.engine.nvflare.job import write_flower_job, write_job
 from sfl.engine.nvflare.policy import allow_components
-from sfl.engine.ports import own_ports
 
 _MOST_PROCESSES = 16
 """Up to so many sites keep a process each. More take turns, and FLARE starts one anew for every task: 2 s each."""
@@ -52,8 +52,7 @@ def simulate(launch: Launch, *, through_flower: bool = False) -> int:
     least = len(names) if through_flower else int(settings["workers"])  # a Flower node runs as long as the job
     workspace = launch.folder / "flare"
     allow_components(workspace / "local")
-    # FLARE's own closes a port before it gives it out, so that two threads may get the same one: then a site is lost
-    simulator_runner.get_open_ports = own_ports
+    keep_ports()
     runner = simulator_runner.SimulatorRunner(
         job_folder=str(job),
         workspace=str(workspace),

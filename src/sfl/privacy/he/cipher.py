@@ -36,7 +36,7 @@ class Cipher:
 
     def __init__(self, scheme: Scheme, data: bytes = b"") -> None:
         seal = _library("tenseal.sealapi")
-        self.scheme, self._data, self._seal = scheme, data, seal
+        self.scheme, self.data, self._seal = scheme, data, seal
         parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
         parameters.set_poly_modulus_degree(scheme.degree)
         parameters.set_coeff_modulus(seal.CoeffModulus.Create(scheme.degree, list(scheme.moduli)))
@@ -107,7 +107,7 @@ class Cipher:
 
     def exported(self, *, secret: bool, public: bool = True) -> bytes:
         """The context as a file, with the keys that are asked for."""
-        context = _library("tenseal").context_from(self._data, n_threads=1)
+        context = _library("tenseal").context_from(self.data, n_threads=1)
         return _serialized(context, secret=secret, public=public and not self.scheme.symmetric)
 
     def encrypted(self, values: Array, scale_bits: int) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from sfl.errors import ConfigError
 from sfl.privacy.he.cipher import Cipher
 from sfl.privacy.he.contexts import CLIENT_CONTEXT
+from sfl.privacy.he.crew import cores
 from sfl.privacy.he.packing import is_sealed
 from sfl.privacy.he.scheme import SHARED
 from sfl.privacy.he.site import opened_model
@@ -29,4 +30,4 @@ def opened(parameters: Mapping[str, Array], context: bytes | None) -> Parameters
         return dict(parameters)
     if context is None:
         raise ConfigError(f"a sealed model must be opened with a site's {CLIENT_CONTEXT}, got none. Give its content.")
-    return opened_model(Cipher.of(context, SHARED, CLIENT_CONTEXT), parameters)
+    return opened_model(Cipher.of(context, SHARED, CLIENT_CONTEXT), parameters, size=cores())

@@ -48,6 +48,8 @@ class CKKS(SecureSum):
         holder: The site that has the secret key; empty if all have it.
         least: Sites below which the holder opens no sum.
         planned: Sites of a round; set by the job.
+        threads: Processes in which a simulated site encrypts and decrypts a large model; set by the job. A deployed
+            site takes a process for each core of its own, at most 8.
 
     Raises:
         ConfigError: If one of them is out of its range.
@@ -59,6 +61,7 @@ class CKKS(SecureSum):
     holder: str = ""
     least: int = 2
     planned: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         layers: object = self.layers
@@ -141,9 +144,9 @@ class CKKS(SecureSum):
             )
         self._scale_bits(cohort)
 
-    def among(self, least: int, planned: int) -> CKKS:
+    def among(self, least: int, planned: int, threads: int = 1) -> CKKS:
         """See ``SecureSum.among``."""
-        return replace(self, least=max(least, 2), planned=planned)
+        return replace(self, least=max(least, 2), planned=planned, threads=threads)
 
     def begin(self, model: Parameters, sent: Parameters, sites: Sequence[str]) -> StateTree:
         """What a run must go on with: the holder, and what is encrypted."""

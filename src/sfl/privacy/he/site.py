@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from sfl.core.secure import Keeper, SecureSite
 from sfl.core.task import FIT, Task, Update
 from sfl.errors import ProtocolError, UpdateError
 from sfl.privacy.he.cipher import Cipher
-from sfl.privacy.he.packing import HEAD, Layout, framed, is_sealed, parts_of
+from sfl.privacy.he.crew import Crew, cores
+from sfl.privacy.he.packing import HEAD, Layout, is_sealed
 from sfl.privacy.he.scheme import FLOOD
 from sfl.privacy.he.server import OPEN
 from sfl.privacy.noise import add_multiples, secret
@@ -36,12 +37,13 @@ class CkksSite(SecureSite):
         secure: As its job says it.
         cipher: With the keys that it has.
         keeper: Where it keeps what it must remember.
-        binding: Whether it is one of a deployment, where a round is opened once.
+        binding: Whether it is one of a deployment, where a round is opened once, and the machine is its own.
     """
 
     def __init__(self, name: str, secure: CKKS, cipher: Cipher, keeper: Keeper, *, binding: bool) -> None:
         self._name, self._secure, self._cipher = name, secure, cipher
         self._keeper, self._binding = keeper, binding
+        self._size = max(secure.threads, cores() if binding else 1)
         self._model: Mapping[str, Array] = {}
 
     def answer(self, task: Task) -> Update:
@@ -60,13 +62,13 @@ class CkksSite(SecureSite):
         layout = Layout.read(task.parameters)
         out: Parameters = {}
         weight = 1.0
-        for block, name in enumerate(layout.block_names):
-            numbers = _decrypted(self._cipher, layout, task.parameters, block)
-            if block == 0:
-                weight, count = layout.head_of(numbers)
-                self._require(count >= secure.least, f"a sum must be of at least {secure.least} sites, got {count}")
-                numbers[:HEAD] = 0.0
-            out[name] = _flooded(numbers / weight, secure.clip).reshape(-1, layout.slots)
+        with Crew(self._cipher, self._size, layout.blocks) as crew:
+            for name, numbers in zip(layout.block_names, crew.decrypted(_blocks(layout, task.parameters)), strict=True):
+                if not out:
+                    weight, count = layout.head_of(numbers)
+                    self._require(count >= secure.least, f"a sum must be of at least {secure.least} sites, got {count}")
+                    numbers[:HEAD] = 0.0
+                out[name] = _flooded(numbers / weight, secure.clip).reshape(-1, layout.slots)
         if self._binding:
             self._keeper.save({"opened": task.round})  # before it leaves
         return Update(self._name, out, 1.0)
@@ -74,7 +76,7 @@ class CkksSite(SecureSite):
     def opened(self, task: Task) -> Task:
         """The task with the model in the clear."""
         if is_sealed(task.parameters):
-            opened = opened_model(self._cipher, task.parameters, self._secure.least)
+            opened = opened_model(self._cipher, task.parameters, self._secure.least, self._size)
             task = replace(task, parameters=arrays.read_only(opened))
         if task.name == FIT:
             self._model = task.parameters
@@ -90,17 +92,19 @@ class CkksSite(SecureSite):
         values = _weighed(whole, update.delta, weight)
         chosen = {name for name, _, _ in layout.closed}
         out = {name: value for name, value in update.delta.items() if name not in chosen}
-        scale = self._secure.scale_bits
-        for block, name in enumerate(layout.block_names):
-            try:
-                numbers = layout.filled(block, weight, values)
-            except ValueError as error:
-                raise UpdateError(
-                    f"{self._name}: numbers must be within he_clip = {self._secure.clip:g}, and whole ones within "
-                    "2^24, got one that is not. Set he_clip higher."
-                ) from error
-            out[name] = framed([self._cipher.encrypted(row, scale) for row in numbers])
+        with Crew(self._cipher, self._size, layout.blocks) as crew:
+            numbers = (self._filled(layout, block, weight, values) for block in range(layout.blocks))
+            out.update(zip(layout.block_names, crew.encrypted(numbers, self._secure.scale_bits), strict=True))
         return replace(update, delta=out, weight=weight if len(chosen) < len(expected) else 1.0)
+
+    def _filled(self, layout: Layout, block: int, weight: float, values: Callable[[str, slice], Array]) -> Array:
+        try:
+            return layout.filled(block, weight, values)
+        except ValueError as error:
+            raise UpdateError(
+                f"{self._name}: numbers must be within he_clip = {self._secure.clip:g}, and whole ones within "
+                "2^24, got one that is not. Set he_clip higher."
+            ) from error
 
     def _require(self, holds: bool, rule: str) -> None:
         if not holds:
@@ -121,13 +125,14 @@ def _weighed(model: Mapping[str, Array], delta: Parameters, weight: float) -> Ca
     return values
 
 
-def opened_model(cipher: Cipher, parameters: Mapping[str, Array], least: int = 1) -> Parameters:
+def opened_model(cipher: Cipher, parameters: Mapping[str, Array], least: int = 1, size: int = 1) -> Parameters:
     """A sealed model in the clear: the sum of ciphertexts over the sum of weights that is among them.
 
     Args:
         cipher: With the sites' key.
         parameters: As the server keeps them.
         least: Sites of which it must be the sum.
+        size: Processes that may compute at once.
 
     Raises:
         ProtocolError: If it was not sealed with the key that ``cipher`` has, or is the sum of fewer.
@@ -141,23 +146,22 @@ def opened_model(cipher: Cipher, parameters: Mapping[str, Array], least: int = 1
         numbers /= weight
         out.reshape(-1)[part] = numbers if out.dtype.kind == "f" else np.rint(numbers)
 
-    for block in range(layout.blocks):
-        numbers = _decrypted(cipher, layout, parameters, block)
-        if block == 0:
-            weight, count = layout.head_of(numbers)
-            if count < least:
-                raise ProtocolError(f"a model must be the sum of at least {least} sites, got {count}.")
-        layout.spread(block, numbers, put)
+    with Crew(cipher, size, layout.blocks) as crew:
+        for block, numbers in enumerate(crew.decrypted(_blocks(layout, parameters))):
+            if block == 0:
+                weight, count = layout.head_of(numbers)
+                if count < least:
+                    raise ProtocolError(f"a model must be the sum of at least {least} sites, got {count}.")
+            layout.spread(block, numbers, put)
     return {name: closed[name] if name in closed else parameters[name] for name in layout.names}
 
 
-def _decrypted(cipher: Cipher, layout: Layout, parameters: Mapping[str, Array], block: int) -> Array:
-    """The numbers of a block, flat."""
-    try:
-        array = parameters[layout.block_names[block]]
-    except KeyError as error:
-        raise ProtocolError(f"a sealed model must hold all of its ciphertexts, got none named {error}.") from None
-    return np.concatenate([cipher.decrypted(part) for part in parts_of(array, layout.rows(block))])
+def _blocks(layout: Layout, parameters: Mapping[str, Array]) -> Iterator[tuple[Array, int]]:
+    """The blocks of a sealed model, each with the number of its ciphertexts."""
+    for block, name in enumerate(layout.block_names):
+        if name not in parameters:
+            raise ProtocolError(f"a sealed model must hold all of its ciphertexts, got none named {name!r}.")
+        yield parameters[name], layout.rows(block)
 
 
 def _flooded(numbers: Array, clip: float) -> Array:

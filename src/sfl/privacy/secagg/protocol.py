@@ -123,7 +123,7 @@ class SecAgg(SecureSum):
         self.fixed.of(cohort).scale  # noqa: B018 - refuses words without room
         self.degree(cohort)
 
-    def among(self, least: int, planned: int) -> SecAgg:  # noqa: ARG002 - each round says how many it is of
+    def among(self, least: int, planned: int, threads: int = 1) -> SecAgg:  # noqa: ARG002 - each round says how many it is of
         """See ``SecureSum.among``."""
         return replace(self, least=max(least, 2))
 
