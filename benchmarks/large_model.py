@@ -6,7 +6,7 @@ Two sites whose work is one addition, one round: the model goes out, updates com
 both sites, checkpointed, and comes home. Each engine runs in a fresh process; every process that it starts is looked at
 ten times a second. A figure is the process's largest resident size (`VmHWM`), of which the part in files and shared
 memory is said; in models: that, less what the same process takes with a model of five numbers, divided by the model's
-size.
+size, and the same of memory that is neither shared nor a file's (`RssAnon`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SERVER = {
     "flower-in-nvflare": "flwr-serverapp",
 }
 """The process that our loop runs in. In Flower's and FLARE's simulators it is the broker, too."""
-_UNITS = {"VmHWM": "peak", "RssFile": "file", "RssShmem": "shared"}
+_UNITS = {"VmHWM": "peak", "RssAnon": "own", "RssFile": "file", "RssShmem": "shared"}
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Seen:
 
     role: str
     peak: int = 0
+    own: int = 0
     file: int = 0
     shared: int = 0
 
@@ -161,8 +162,8 @@ def watch(engine: str, megabytes: int) -> tuple[dict[int, Seen], dict[str, float
 def look(pid: int, driver: int, seen: dict[int, Seen]) -> None:
     """Note the sizes of a process."""
     if pid not in seen or seen[pid].role.startswith("python"):
-        peak = seen[pid].peak if pid in seen else 0
-        seen[pid] = Seen(role_of(pid, driver), peak)
+        before = seen.get(pid, Seen(""))
+        seen[pid] = Seen(role_of(pid, driver), before.peak, before.own)
     entry = seen[pid]
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -187,11 +188,12 @@ def measure(engine: str, megabytes: int) -> list[str]:
     roles = by_role(seen)
     order = sorted(roles, key=lambda role: (role != SERVER[engine], -roles[role].peak))
     for role in order:
-        entry, base = roles[role], bare[role].peak if role in bare else 0
-        models = (entry.peak - base) / nbytes
+        entry, without = roles[role], bare.get(role, Seen(role))
+        base, models = without.peak, (entry.peak - without.peak) / nbytes
         if role == SERVER[engine] or models >= 0.05:
             ours = "**server**, " if role == SERVER[engine] else ""
             cells = [engine, ours + role, f"{base / 1e6:.0f}", f"{entry.peak / 1e6:.0f}", f"{models:.2f}"]
+            cells += [f"{(entry.own - without.own) / nbytes:.2f}"]
             cells += [f"{max(entry.file, entry.shared) / 1e6:.0f}", f"{report['seconds']:.0f}"]
             rows.append("| " + " | ".join([*cells, f"{nbytes / 1e6:.0f} MB, {datetime.now(UTC):%Y-%m-%d}"]) + " |")
             print(rows[-1], flush=True)
@@ -231,11 +233,13 @@ def write(rows: dict[str, list[str]]) -> None:
         "",
         "Two sites, one round and one evaluation on each, the result written to a run folder. Sizes in MB.",
         "Peak: the largest resident size of the largest process of its kind. In models: that, less what the same",
-        "process takes with a model of five numbers, by the model's size. Shared or file: the most that it had",
-        "mapped of memory that is shared or in files, which its peak counts, too.",
+        "process takes with a model of five numbers, by the model's size. Its own, in models: the same of its own",
+        "memory alone. Shared or file: the most that it had mapped of memory that is shared or in files, which its",
+        "peak counts, too: of the simulation on Flower, Ray's store of objects, and files that were read through it.",
         "",
-        "| engine | process | itself | peak | in models | shared or file | seconds of the run | model, when |",
-        "|---|---|---|---|---|---|---|---|",
+        "| engine | process | itself | peak | in models | its own, in models | shared or file | seconds of the run "
+        "| model, when |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     body = [line for engine in ENGINES for line in rows.get(engine, [])]
     (RESULTS / "large_model.md").write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from sfl.core.arrays import BLOCK
 from sfl.errors import UpdateError
 from sfl.types import Array
 
-__all__ = ["BLOCKS", "CODED", "LEVELS", "code_nbytes", "decode", "encode"]
+__all__ = ["BLOCKS", "CODED", "LEVELS", "code_nbytes", "decode", "encode", "encode_remembering"]
 
 CODED: Final[dict[str, np.dtype[Any]]] = {
     "bfloat16": np.dtype(np.uint16),
@@ -97,6 +97,37 @@ def encode(flat: Array, form: str, *, bounded: bool = False) -> tuple[Array, Arr
         if bounded:
             here *= _shrinking(rows, found, here)
     return codes, scales
+
+
+def encode_remembering(flat: Array, memory: Array, form: str) -> tuple[Array, Array | None, Array, Array]:
+    """One row of floats together with what was left of the one before, in one pass.
+
+    Args:
+        flat: Of shape (n,), float32 or float64.
+        memory: Likewise, of the same dtype.
+        form: One of ``CODED``.
+
+    Returns:
+        Codes and scales of ``flat + memory``, as ``encode`` gives them; what they decode to; and what is left.
+
+    Raises:
+        UpdateError: If a number is NaN or inf.
+    """
+    width = BLOCKS.get(form, 1)
+    codes = np.empty(-(-flat.size // 2) if form == "nf4" else flat.size, CODED[form])
+    scales = np.empty(-(-flat.size // width), np.float32) if form in BLOCKS else None
+    decoded, left = np.empty_like(flat), np.empty_like(flat)
+    for start in range(0, flat.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        whole = flat[part] + memory[part]
+        found, here = encode(whole, form)
+        at = start // 2 if form == "nf4" else start
+        codes[at : at + found.size] = found
+        if scales is not None and here is not None:
+            scales[start // width : start // width + here.size] = here
+        decode(found, here, decoded[part])
+        np.subtract(whole, decoded[part], out=left[part])
+    return codes, scales, decoded, left
 
 
 def decode(codes: Array, scales: Array | None, out: Array) -> None:

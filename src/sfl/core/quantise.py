@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from sfl.core import arrays, sparse
-from sfl.core.codes import BLOCKS, CODED, code_nbytes, decode, encode
+from sfl.core.codes import BLOCKS, CODED, code_nbytes, decode, encode, encode_remembering
 from sfl.core.sparse import WHERE
 from sfl.errors import UpdateError
 from sfl.types import Array, Parameters
@@ -72,7 +72,7 @@ def packed(
         try:
             out[name], scales = encode(rest, form, bounded=bounded)
         except UpdateError:
-            raise UpdateError(f"{name!r} must be finite to travel as {form}, got NaN or inf.") from None
+            raise _not_finite(name, form) from None
         sides = {SCALE: scales, WHERE: where, FORM: _form(value)}
         out |= {name + side: found for side, found in sides.items() if found is not None}
     return out
@@ -139,14 +139,33 @@ def remembering(
             received[name] = value
             left.pop(name, None)
             continue
-        before = left.get(name, np.zeros((), value.dtype))
-        now = np.where(value != 0, before, np.zeros((), value.dtype)) if thin else before
-        whole = np.asarray(value + now)
-        part = packed({name: whole}, form, thin=thin, smallest=smallest)
+        before = left[name] if name in left else np.zeros_like(value)
+        if thin and np.count_nonzero(value) < value.size:
+            part, received[name], left[name] = _with_zeros(name, value, before, form, smallest)
+        else:
+            part, received[name], left[name] = _dense(name, value, before, form)
         travels |= part
-        received |= unpacked(part, {name: whole})
-        left[name] = np.asarray(whole - received[name] + (before - now if thin else 0))
     return travels, received, left
+
+
+def _dense(name: str, value: Array, memory: Array, form: str) -> tuple[Parameters, Array, Array]:
+    """What travels of one array, what that is for who receives it, and what is left."""
+    try:
+        codes, scales, decoded, left = encode_remembering(value.reshape(-1), memory.reshape(-1), form)
+    except UpdateError:
+        raise _not_finite(name, form) from None
+    sides = {SCALE: scales, FORM: _form(value)}
+    part = {name: codes, **{name + side: found for side, found in sides.items() if found is not None}}
+    return part, decoded.reshape(value.shape), left.reshape(value.shape)
+
+
+def _with_zeros(name: str, value: Array, memory: Array, form: str, smallest: int) -> tuple[Parameters, Array, Array]:
+    """Likewise; what is zero stays zero, and its memory waits for a value."""
+    now = np.where(value != 0, memory, np.zeros((), value.dtype))
+    whole = value + now
+    part = packed({name: whole}, form, thin=True, smallest=smallest)
+    received = unpacked(part, {name: whole})[name]
+    return part, received, np.asarray(whole - received + (memory - now))
 
 
 def nbytes(parameters: Mapping[str, Array], form: str, *, smallest: int = SMALLEST) -> int:
@@ -166,6 +185,10 @@ def nbytes(parameters: Mapping[str, Array], form: str, *, smallest: int = SMALLE
 def _is_coded(name: str, value: Array, form: str, smallest: int) -> bool:
     worth = value.size >= smallest and code_nbytes(value.size, form) < value.nbytes
     return worth and arrays.is_trained(name, value)
+
+
+def _not_finite(name: str, form: str) -> UpdateError:
+    return UpdateError(f"{name!r} must be finite to travel as {form}, got NaN or inf.")
 
 
 def _form(value: Array) -> Array:
