@@ -108,8 +108,9 @@ def plain(kind: str, folder: Path, *, stop: bool) -> dict[str, float]:
 
     from sfl.train.trainer import has_bf16
 
-    rows = plain_rows(kind, folder)
-    started = time.process_time()  # SFL's sites load the model, too
+    workload = plain_workload(kind, folder)
+    started = time.process_time()  # SFL's sites tokenise and load, too
+    rows = plain_rows(workload)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     if kind.startswith("lora"):
         config = peft.LoraConfig(
@@ -155,24 +156,33 @@ def train(model: Any, trained: list[Any], batches: list[Any], *, bf16: bool) -> 
         optimizer.zero_grad(set_to_none=True)
 
 
-def plain_rows(kind: str, folder: Path) -> list[list[list[Any]]]:
+def plain_workload(kind: str, folder: Path) -> Any:
+    """Texts that are read, and what tokenises them."""
+    from sfl.llm.model import find_model
+    from sfl.llm.workload import LLMWorkload
+
+    workload = LLMWorkload(config=configured(kind), model=find_model(str(folder)))
+    workload.data()
+    workload.tokenizer()
+    return workload
+
+
+def plain_rows(workload: Any) -> list[list[list[Any]]]:
     """The rows that SFL's sites train on, by round and site, as tensors."""
     import torch
 
     from sfl.core import rng
-    from sfl.llm.model import find_model
-    from sfl.llm.workload import LLMWorkload
     from sfl.train.examples import repeated
 
-    workload = LLMWorkload(config=configured(kind), model=find_model(str(folder)))
+    sites = [workload.examples(site.train) for site in workload.data()[0].sites]
     made = []
     for round_ in range(1, ROUNDS + 1):
-        sites = []
-        for number, site in enumerate(workload.data()[0].sites, start=1):
+        rows = []
+        for number, examples in enumerate(sites, start=1):
             generator = rng.public(0, round_, "llm-train", f"site-{number}")
-            batches = repeated(workload.examples(site.train), epochs=None, steps=STEPS, generator=generator)
-            sites.append([tuple(map(torch.from_numpy, (b.ids, b.targets, b.positions))) for b in batches])
-        made.append(sites)
+            batches = repeated(examples, epochs=None, steps=STEPS, generator=generator)
+            rows.append([tuple(map(torch.from_numpy, (b.ids, b.targets, b.positions))) for b in batches])
+        made.append(rows)
     return made
 
 
@@ -248,9 +258,9 @@ def write(rows: list[Row]) -> list[str]:
 
 EXPLAINED = (
     f"GPT-2 of {SHAPE['n_layer']} layers, {SHAPE['n_embd']} wide, {SITES} sites, {ROUNDS} rounds of {STEPS} steps of "
-    f"{ROWS} rows of {LENGTH} tokens. Both sides load the model in their time. The plain loop sends nothing, and codes "
-    "nothing: int8 is compared with the same loop. Bytes are of both directions and all sites. Memory is the peak over "
-    "that of the same process before its first step. `python benchmarks/llm.py`"
+    f"{ROWS} rows of {LENGTH} tokens. Both sides tokenise, and load the model, in their time. The plain loop sends "
+    "nothing, and codes nothing: int8 is compared with the same loop. Bytes are of both directions and all sites. "
+    "Memory is the peak over that of the same process before its first step. `python benchmarks/llm.py`"
 )
 
 

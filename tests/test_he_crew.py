@@ -94,6 +94,15 @@ def test_no_process_stays_whatever_happens() -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_a_process_that_does_not_answer_holds_nobody_up_who_gives_up() -> None:
+    with pytest.raises(KeyboardInterrupt), Crew(Cipher(SHARED), 2, 9) as many:
+        for process in many._processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        many._threads.submit(many._ask, b"d\x01")  # pyright: ignore[reportOptionalMemberAccess]
+        raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("small")
 def test_a_process_that_is_killed_is_said() -> None:
     with Crew(Cipher(SHARED), 2, 9) as many:
         for process in many._processes:

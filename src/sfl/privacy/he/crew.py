@@ -61,7 +61,10 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None:
+            for process in self._processes:
+                process.kill()  # nobody waits for its answer
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
