@@ -27,8 +27,8 @@ Post: TypeAlias = Callable[[str, str, Parameters], Key]
 """Sends a text and arrays to a site; by what its answer will be known. A ``ValueError`` says why it cannot."""
 PATIENCE = 600.0
 """Seconds that one piece of a reply may take, where a round has no limit of its own."""
-_AHEAD, _MOST_AHEAD = 2, 16  # pieces on their way to or from one site at a time; where answers take long, up to
-_LONG = 1.0  # seconds for an answer to a piece after which twice as many are on their way: memory for pace
+_AHEAD = 2  # messages with pieces on their way to or from one site at a time
+_LONG, _MOST_JOINED = 0.3, 4  # seconds for an answer after which a message carries twice as many pieces, and at most
 _WIDER = 16  # times what was sent: an update of wider numbers, beside a model that was sent in narrow ones
 _SHOWN, _PAUSE = 100_000_000, 1.0  # bytes from which a transfer is shown; seconds between two words of it
 
@@ -54,7 +54,7 @@ class _Transfer:
     target: Target | None = None
     under_way: dict[Key, tuple[int, int, float]] = field(default_factory=dict[Key, tuple[int, int, float]])
     done: int = 0
-    ahead: int = _AHEAD
+    joined: int = 1
 
 
 class Freight:
@@ -181,7 +181,7 @@ class Freight:
             return None
         start, stop, sent = transfer.under_way.pop(key)
         if time.monotonic() - sent > _LONG:
-            transfer.ahead = min(2 * transfer.ahead, _MOST_AHEAD)
+            transfer.joined = min(2 * transfer.joined, _MOST_JOINED)
         try:
             arrays = _accepted(answer, transfer, start)
             if transfer.target is not None:
@@ -204,8 +204,9 @@ class Freight:
         self._most.pop(ticket, None)
 
     def _go_on(self, transfer: _Transfer) -> None:
-        while transfer.todo and len(transfer.under_way) < transfer.ahead:
-            start, stop = transfer.todo.popleft()
+        while transfer.todo and len(transfer.under_way) < _AHEAD:
+            together = [transfer.todo.popleft() for _ in range(min(transfer.joined, len(transfer.todo)))]
+            start, stop = together[0][0], together[-1][1]
             what = {"load": [start, transfer.nbytes]} if transfer.source is not None else {"draw": [start, stop]}
             said = {"format": FORMAT, "exchange": transfer.ticket, "life": self._life}
             said["oldest"] = min(transfer.ticket, self._oldest())

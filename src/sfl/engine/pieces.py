@@ -110,16 +110,17 @@ class Target:
         return sum(self._written.values())
 
     def write(self, start: int, piece: Array) -> None:
-        """Put one piece where it belongs; one that comes again changes nothing.
+        """Put one piece, or several that follow each other, where they belong; one that comes again changes nothing.
 
         Raises:
             ValueError: If it lies outside the row.
         """
         if not 0 <= start <= start + piece.size <= self._row.size:
             raise ValueError(f"a piece must lie within {self._row.size} bytes, got {piece.size} at {start}.")
-        if start not in self._written:
-            self._row[start : start + piece.size] = piece
-            self._written[start] = piece.size
+        for first, last in spans(piece.size, SIZE):  # sites that are sent the same may join other pieces
+            if start + first not in self._written:
+                self._row[start + first : start + last] = piece[first:last]
+                self._written[start + first] = last - first
 
     def arrays(self, said: object) -> Parameters:
         """What the row holds, read-only and without a copy.
