@@ -217,7 +217,13 @@ def test_what_is_no_number_is_rejected_by_the_server(name: str) -> None:
     np.testing.assert_allclose(result.parameters["w"], np.full(3, (1 + 4 + 9) / 6), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(ATTACKS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("alie", "gaussian", "label-flip") else pytest.mark.slow)
+        for n in sorted(ATTACKS)
+    ],
+)
 def test_every_attack_has_the_same_bits_on_a_pool(name: str) -> None:
     def run(workers: int) -> RunResult:
         env = SimEnv(attack=Attack(name, 2), num_threads=workers, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -261,8 +262,7 @@ def test_an_exported_job_says_nothing_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_simulator_gives_each_site_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvflare.private.fed.app.simulator import simulator_runner
-
+    simulator_runner = import_module("nvflare.private.fed.app.simulator.simulator_runner")
     monkeypatch.setattr(simulator_runner, "get_open_ports", simulator_runner.get_open_ports)  # put back afterwards
     keep_ports()
     assert simulator_runner.get_open_ports is own_ports

@@ -95,11 +95,14 @@ def test_no_process_stays_whatever_happens() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_process_that_does_not_answer_holds_nobody_up_who_gives_up() -> None:
-    with pytest.raises(KeyboardInterrupt), Crew(Cipher(SHARED), 2, 9) as many:
-        for process in many._processes:
-            os.kill(process.pid, signal.SIGSTOP)
-        many._threads.submit(many._ask, b"d\x01")  # pyright: ignore[reportOptionalMemberAccess]
-        raise KeyboardInterrupt
+    many = Crew(Cipher(SHARED), 2, 9)
+    for process in many._processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    assert many._threads is not None
+    asked = many._threads.submit(many._ask, b"d\x01")
+    many.__exit__(KeyboardInterrupt, None, None)
+    with pytest.raises(ProtocolError, match="ended from outside"):
+        asked.result()
 
 
 @pytest.mark.usefixtures("small")

@@ -115,7 +115,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("peft", PEFT)
+@pytest.mark.parametrize("peft", [pytest.param(p, marks=() if p == "lora" else pytest.mark.slow) for p in PEFT])
 @pytest.mark.parametrize("name", COMBINED)
 def test_every_protection_rule_and_algorithm_trains_every_kind_of_adapter(
     name: str, peft: str, tiny: Path, letters: Path
