@@ -316,12 +316,20 @@ def whole() -> Any:
     tried = {
         k: {r: measured(Setting(kind=k, rate=r, seed=100, steps=24), "bundled")["loss"] for r in RATES} for k in KINDS
     }
-    return [
+    rows = [
         {"kind": k, "steps": steps, "rate": rate} | repeated(Setting(kind=k, rate=rate, steps=steps), "bundled")
         for k, losses in tried.items()
         for rate in [min(losses, key=losses.__getitem__)]
         for steps in (24, 48)
     ]
+    return {"before": statistics.mean(map(untrained, SEEDS)), "rows": rows}
+
+
+def untrained(seed: int) -> float:
+    """Held-out loss of the bundled model before its first round."""
+    recipe = bundled(Setting(kind="mean", steps=STEPS, seed=seed))
+    result = replace(recipe, evaluate_every=1).execute(SimEnv(device="cpu"))
+    return result.rounds[0].central["loss"]
 
 
 def splits() -> Any:
@@ -440,12 +448,13 @@ def splits_table(found: Any) -> list[str]:
 
 def whole_table(found: Any) -> list[str]:
     rows: list[list[Any]] = []
-    for r in found:
+    for r in found["rows"]:
         figures = [percent(r, name) for name in (MEAN_ERROR, TRUNCATION)]
         rows.append([r["kind"], r["steps"], f"{r['rate']:g}", loss_of(r), *figures, f"{r['bytes'] / 1e3:.0f} kB"])
     said = (
         f"The bundled model on the bundled plays, a play a site, as `sfl run llm` trains it: rank 8, {SITES} sites, "
-        f"{STEPS} steps of 8 × 64 tokens per site in all; nats per token on plays that no site has:\n"
+        f"{STEPS} steps of 8 × 64 tokens per site in all; nats per token on plays that no site has, "
+        f"{found['before']:.4f} before:\n"
     )
     head = ["aggregation", "local steps", "rate", "loss", f"`{MEAN_ERROR}`", f"`{TRUNCATION}`", "a site's update"]
     return [said, table(head, rows)]
