@@ -166,6 +166,8 @@ def test_what_is_not_finite_is_refused(form: str, bad: float, dtype: type) -> No
     value[69_999] = bad
     with pytest.raises(UpdateError, match="'w' must be finite to travel as"):
         quantise.packed({"w": value}, form)
+    with pytest.raises(UpdateError, match="'w' must be finite to travel as"):
+        quantise.remembering({"w": value}, None, form)
 
 
 @every_form

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import threading
@@ -144,6 +145,18 @@ def test_the_other_side_answers_until_the_first_is_gone(scheme: Scheme) -> None:
         assert here.recv_bytes() == b"-an array of ciphertexts must hold 1 of them, got 7 other bytes."
     served.join(5.0)
     assert not served.is_alive()
+
+
+def test_as_a_process_it_leaves_the_users_interrupt_to_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    monkeypatch.setattr("sys.argv", ["crew", str(theirs.detach())])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_path(crew.__file__, run_name="__main__")  # until the other side is gone, which it is
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_cores_are_counted_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
