@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from scripts import LOOP, write
 from sfl.cli import main
 from sfl.cli.jobs import as_json, as_table
-from sfl.engine.nvflare.admin import FederationState, JobLine
+from sfl.engine.nvflare.admin import FederationState, JobLine, connect
 from sfl.engine.nvflare.standing import Standing
 from sfl.env import ProdEnv
 from sfl.errors import EngineError
@@ -149,6 +150,17 @@ def test_a_server_that_is_down_is_one_line(
     assert "must open a session with its server" in said.err
     assert said.out == ""
     assert said.err.count("\n") == 1
+
+
+def test_no_session_reads_what_lies_below_the_current_folder(
+    prepared: Standing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = import_module("nvflare.fuel.utils.config_service").ConfigService
+    monkeypatch.setattr(service, "_config_path", [])
+    write(Path("deep/down"), '{"max_message_size": 1}', "comm_config.json")
+    with pytest.raises(EngineError, match="must open a session with its server"):
+        connect(prepared.admin_kit.absolute(), 0.5)
+    assert service.load_configuration("comm_config.json") is None
 
 
 STATE = FederationState(

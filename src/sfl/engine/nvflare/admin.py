@@ -15,6 +15,7 @@ from typing import Any
 
 from nvflare.fuel.flare_api import api_spec
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.utils.config_service import ConfigService
 
 from sfl.errors import EngineError, SflError
 
@@ -80,6 +81,8 @@ def connect(kit: Path, seconds: float | None = None) -> Session:
     try:
         config = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))
         user = str(config.get("admin", {}).get("username") or kit.name)
+        # where FLARE looks for settings of its transport; else it reads every folder below the current one, eight times
+        ConfigService.initialize({}, [str(kit / "startup")])
         return new_secure_session(user, str(kit), timeout=CONNECT if seconds is None else seconds)
     except Exception as error:  # FLARE raises many types, most of them bare
         raise EngineError(
