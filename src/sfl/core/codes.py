@@ -80,8 +80,7 @@ def encode(flat: Array, form: str, *, bounded: bool = False) -> tuple[Array, Arr
     | no numbers | none |
     """
     width = BLOCKS.get(form, 1)
-    codes = np.empty(-(-flat.size // 2) if form == "nf4" else flat.size, CODED[form])
-    scales = np.empty(-(-flat.size // width), np.float32) if form in BLOCKS else None
+    codes, scales = _room(flat.size, form)
     for start in range(0, flat.size, BLOCK):
         piece = _single(flat[start : start + BLOCK])
         if scales is None:
@@ -114,8 +113,7 @@ def encode_remembering(flat: Array, memory: Array, form: str) -> tuple[Array, Ar
         UpdateError: If a number is NaN or inf.
     """
     width = BLOCKS.get(form, 1)
-    codes = np.empty(-(-flat.size // 2) if form == "nf4" else flat.size, CODED[form])
-    scales = np.empty(-(-flat.size // width), np.float32) if form in BLOCKS else None
+    codes, scales = _room(flat.size, form)
     decoded, left = np.empty_like(flat), np.empty_like(flat)
     for start in range(0, flat.size, BLOCK):
         part = slice(start, start + BLOCK)
@@ -147,6 +145,12 @@ def decode(codes: Array, scales: Array | None, out: Array) -> None:
         else:
             parts = np.take(_PAIRS, codes[start // 2 : (start + BLOCK) // 2]).view(np.float32)[: target.size]
             _scaled(parts, scales[start // BLOCKS["nf4"] :], BLOCKS["nf4"], target)
+
+
+def _room(count: int, form: str) -> tuple[Array, Array | None]:
+    """For the codes and the scales of so many numbers."""
+    codes = np.empty(-(-count // 2) if form == "nf4" else count, CODED[form])
+    return codes, np.empty(-(-count // BLOCKS[form]), np.float32) if form in BLOCKS else None
 
 
 def _refuse_not_finite(largest: np.floating[Any]) -> None:

@@ -70,11 +70,10 @@ def packed(
             apart = sparse.packed({name: rest}, width=code_nbytes(rest.size, form) / rest.size)
             rest, where = apart[name], apart.get(name + WHERE)
         try:
-            out[name], scales = encode(rest, form, bounded=bounded)
+            codes, scales = encode(rest, form, bounded=bounded)
         except UpdateError:
             raise _not_finite(name, form) from None
-        sides = {SCALE: scales, WHERE: where, FORM: _form(value)}
-        out |= {name + side: found for side, found in sides.items() if found is not None}
+        out |= _named(name, value, codes, scales, where)
     return out
 
 
@@ -154,9 +153,7 @@ def _dense(name: str, value: Array, memory: Array, form: str) -> tuple[Parameter
         codes, scales, decoded, left = encode_remembering(value.reshape(-1), memory.reshape(-1), form)
     except UpdateError:
         raise _not_finite(name, form) from None
-    sides = {SCALE: scales, FORM: _form(value)}
-    part = {name: codes, **{name + side: found for side, found in sides.items() if found is not None}}
-    return part, decoded.reshape(value.shape), left.reshape(value.shape)
+    return _named(name, value, codes, scales), decoded.reshape(value.shape), left.reshape(value.shape)
 
 
 def _with_zeros(name: str, value: Array, memory: Array, form: str, smallest: int) -> tuple[Parameters, Array, Array]:
@@ -185,6 +182,12 @@ def nbytes(parameters: Mapping[str, Array], form: str, *, smallest: int = SMALLE
 def _is_coded(name: str, value: Array, form: str, smallest: int) -> bool:
     worth = value.size >= smallest and code_nbytes(value.size, form) < value.nbytes
     return worth and arrays.is_trained(name, value)
+
+
+def _named(name: str, value: Array, codes: Array, scales: Array | None, where: Array | None = None) -> Parameters:
+    """The codes of an array, and what goes with them."""
+    sides = {SCALE: scales, WHERE: where, FORM: _form(value)}
+    return {name: codes, **{name + side: found for side, found in sides.items() if found is not None}}
 
 
 def _not_finite(name: str, form: str) -> UpdateError:

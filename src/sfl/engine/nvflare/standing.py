@@ -11,13 +11,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +27,8 @@ import psutil
 from sfl.engine.guard import end_marked, marked
 from sfl.engine.nvflare.admin import admin, look
 from sfl.engine.nvflare.federation import ADMIN, SERVER, on_this_machine
-from sfl.engine.nvflare.provision import provision, service_command
+from sfl.engine.nvflare.participants import listens, start
+from sfl.engine.nvflare.provision import provision
 from sfl.engine.ports import free_ports
 from sfl.errors import ConfigError, EngineError
 from sfl.io.tree import write_text
@@ -80,6 +80,15 @@ class Standing:
         return tuple(self._settings()["sites"])
 
     @property
+    def port(self) -> int:
+        """On which its server listens.
+
+        Raises:
+            ConfigError: If the folder holds no federation.
+        """
+        return int(self._settings()["port"])
+
+    @property
     def is_running(self) -> bool:
         """Whether any process of it is there."""
         return bool(marked(self.mark, MARK))
@@ -112,12 +121,12 @@ class Standing:
             ConfigError: If the folder holds no federation, or it runs already.
             EngineError: If its port is taken, or a participant ends or does not connect; then none is left running.
         """
-        port = int(self._settings()["port"])
+        port = self.port
         if self.is_running:
             raise ConfigError(
                 f"the federation in {self.folder} must not run yet, got one that does. See sfl poc status."
             )
-        if _answers(port):
+        if listens(port):
             raise EngineError(
                 f"port {port} of {self.folder} must be free, got one that somebody listens on. "
                 "Take another with: sfl poc clean, sfl poc prepare"
@@ -197,7 +206,7 @@ class Standing:
 
     def _wait(self, keeper: subprocess.Popen[bytes], port: int) -> None:
         deadline = time.monotonic() + _START
-        while not _answers(port):
+        while not listens(port):
             self._check(keeper, deadline, "the server must listen")
             time.sleep(_LOOK)
         with admin(self.admin_kit, _START) as session:
@@ -215,14 +224,6 @@ class Standing:
             raise EngineError(f"{what}: {why}. Its log is {log}; it ends with:\n{tail}")
 
 
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("localhost", port), timeout=1.0).close()
-    except OSError:
-        return False
-    return True
-
-
 def keep(standing: Standing) -> None:
     """Start the participants and stay with them until this process is told to end; then end what is left."""
     over = threading.Event()
@@ -231,16 +232,7 @@ def keep(standing: Standing) -> None:
         over.set()
 
     signal.signal(signal.SIGTERM, asked)
-    processes: dict[str, subprocess.Popen[bytes]] = {}
-    with ExitStack() as stack:
-        for name in (SERVER, *standing.sites):
-            log = stack.enter_context((standing.logs / f"{name}.log").open("ab"))
-            processes[name] = subprocess.Popen(
-                service_command(standing.kits / name, sys.executable),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+    processes = start(standing.kits, standing.sites, standing.port, lambda name: standing.logs / f"{name}.log")
     write_text(standing.folder / "running.json", json.dumps({name: p.pid for name, p in processes.items()}) + "\n")
     while not over.wait(_LOOK):
         for process in processes.values():
