@@ -9,13 +9,15 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from scripts import LOOP, write
 from sfl.cli import main
 from sfl.cli.jobs import as_json, as_table
-from sfl.engine.nvflare.admin import FederationState, JobLine, connect
+from sfl.engine.nvflare.admin import FederationState, JobLine, await_sites, connect
 from sfl.engine.nvflare.standing import Standing
 from sfl.env import ProdEnv
 from sfl.errors import EngineError
@@ -161,6 +163,41 @@ def test_no_session_reads_what_lies_below_the_current_folder(
     with pytest.raises(EngineError, match="must open a session with its server"):
         connect(prepared.admin_kit.absolute(), 0.5)
     assert service.load_configuration("comm_config.json") is None
+
+
+class Connecting:
+    """A session of a federation whose sites connect one by one, one with each look."""
+
+    def __init__(self) -> None:
+        self.there: list[SimpleNamespace] = []
+
+    def get_connected_client_list(self) -> list[SimpleNamespace]:
+        if len(self.there) < 3:
+            self.there.insert(0, SimpleNamespace(name=f"site-{len(self.there) + 1}"))
+        return self.there
+
+
+@pytest.mark.parametrize(
+    ("names", "planned", "seconds", "expected"),
+    [
+        ((), 2, 9.0, ["site-1", "site-2"]),
+        (("site-3", "site-1"), 2, 9.0, ["site-3", "site-1"]),
+        ((), 4, 0.05, "num_clients=4, got 3: site-1, site-2, site-3. Start the missing ones"),
+        (("site-1", "site-9"), 2, 0.05, "num_clients=2, got 1: site-1"),
+        (("site-1",), 2, 9e9, "num_clients=2, got 1: site-1"),
+        ((), 0, 9e9, "num_clients=0, got 1: site-1"),
+    ],
+)
+def test_a_job_waits_for_sites_that_are_still_connecting(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], planned: int, seconds: float, expected: list[str] | str
+) -> None:
+    monkeypatch.setattr("sfl.engine.nvflare.admin._LOOK", 0.01)
+    session: Any = Connecting()
+    if isinstance(expected, str):
+        with pytest.raises(EngineError, match=expected):
+            await_sites(session, names, planned, seconds)
+    else:
+        assert await_sites(session, names, planned, seconds) == expected
 
 
 STATE = FederationState(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +21,7 @@ from algorithm_clients import Steered
 from sfl.cli import main
 from sfl.engine.guard import Guarded
 from sfl.engine.nvflare.admin import admin, wait_for
+from sfl.engine.nvflare.participants import listens
 from sfl.engine.nvflare.provision import service_command
 from sfl.engine.ports import free_ports
 from sfl.env import ProdEnv, SimEnv
@@ -79,6 +81,8 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 command, log=folder / f"{name}.log", env=child_environment(1, folder), folder=folder / "none"
             )
             stack.enter_context(guard)
+            while name == "fl-server" and guard.code() is None and not listens(port):  # FLARE's sites wait for 15 s
+                time.sleep(0.1)
         yield made
     remove_storage(made / "fl-server")
 

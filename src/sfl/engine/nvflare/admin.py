@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,9 @@ from sfl.errors import EngineError, SflError
 
 CONNECT = 15.0
 """Seconds that a server which is up gets to answer."""
-_LOOK = 1.0  # seconds between two looks at a job that is waited for
+SITES = 20.0
+"""Seconds that sites get to connect to a server that is up."""
+_LOOK = 1.0  # seconds between two looks at what is waited for
 _LOST = 20.0  # seconds after which a job that runs nowhere does not begin or end, but is lost
 FINISHED = "FINISHED"
 """How FLARE's names of all states begin that a job does not leave."""
@@ -140,16 +142,34 @@ def look(session: Session, job: str = "") -> FederationState:
     )
 
 
-def connected(session: Session) -> list[str]:
-    """The sites that are there now, sorted.
+def await_sites(session: Session, names: Sequence[str], planned: int, seconds: float = SITES) -> list[str]:
+    """Wait until the sites of a job are connected, as those of a federation that is just being started are not yet.
+
+    Args:
+        session: An admin's.
+        names: The sites; all that are connected, if it is empty.
+        planned: For how many the job was planned: a site's share of the work depends on its place among all.
+        seconds: How long they have.
+
+    Returns:
+        Their names: as they were given, else sorted.
 
     Raises:
-        EngineError: If there is none.
+        EngineError: If there are more, or not as many in time.
     """
-    names = sorted(str(client.name) for client in session.get_connected_client_list())
-    if not names:
-        raise EngineError("a federation must have sites that are connected, got none. Start them.")
-    return names
+    deadline = time.monotonic() + seconds
+    while True:
+        there = sorted(str(client.name) for client in session.get_connected_client_list())
+        found = [name for name in names if name in there] if names else there
+        unfit = len(names) not in (0, planned) or len(found) > planned
+        if len(found) == planned and not unfit:
+            return found
+        if unfit or time.monotonic() >= deadline:
+            raise EngineError(
+                f"as many sites must be connected as num_clients={planned}, got {len(found)}: {', '.join(found)}. "
+                "Start the missing ones, set --num-clients, or name the sites."
+            )
+        time.sleep(_LOOK)
 
 
 def job_of(session: Session, job: str) -> JobLine:

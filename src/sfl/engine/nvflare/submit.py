@@ -16,11 +16,10 @@ from types import FrameType
 from nvflare.fuel.flare_api.flare_api import Session
 
 from sfl.engine.launch import Launch
-from sfl.engine.nvflare.admin import FINISHED, connect, connected, why_failed
+from sfl.engine.nvflare.admin import FINISHED, await_sites, connect, why_failed
 from sfl.engine.nvflare.controller import EVENTS
 from sfl.engine.nvflare.download import download
 from sfl.engine.nvflare.job import write_carrying_job
-from sfl.errors import EngineError
 
 _LOOK = 1.0  # seconds between two looks at FLARE's status of the job
 _GLANCE = 0.1  # seconds between two looks at a file
@@ -110,10 +109,10 @@ def carrying_job(launch: Launch, session: Session) -> Path:
     """Write the job that carries ``launch`` to the sites that it names, or to all that are connected.
 
     Raises:
-        EngineError: If there are not as many sites as the job was planned for.
+        EngineError: If as many sites as the job was planned for do not connect in time.
     """
     settings = launch.read_settings()
-    names = _expected(list(settings["names"]) or connected(session), int(settings["num_clients"]))
+    names = await_sites(session, list(settings["names"]), int(settings["num_clients"]))
     return write_carrying_job(launch.folder / "flare-job", settings["job"], launch, names)
 
 
@@ -136,20 +135,6 @@ def _submitted(session: Session, launch: Launch, job: Path, *, shares_disk: bool
         if job_id:
             session.abort_job(job_id)
         return 1
-
-
-def _expected(names: list[str], planned: int) -> list[str]:
-    """The sites, if there are as many as the job was planned for.
-
-    Raises:
-        EngineError: If there are not: a site's share of the work depends on its place among all.
-    """
-    if len(names) != planned:
-        raise EngineError(
-            f"as many sites must be connected as num_clients={planned}, got {len(names)}: {', '.join(names)}. "
-            "Start the missing ones, set --num-clients, or name the sites."
-        )
-    return names
 
 
 def _asked(_number: int, _frame: FrameType | None) -> None:
