@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -268,3 +269,20 @@ def test_a_simulator_gives_each_site_a_port_of_its_own(monkeypatch: pytest.Monke
     assert simulator_runner.get_open_ports is own_ports
     monkeypatch.delitem(sys.modules, simulator_runner.__name__)
     keep_ports()  # what is no simulator is left alone
+
+
+def test_the_end_of_a_job_does_not_import_torch() -> None:
+    """FLARE's server does, to look for tensors; what it does without our controller is shown, too."""
+    code = (
+        "import sys\n"
+        "from sfl.engine.nvflare.controller import SflController\n"
+        "controller = SflController('')\n"
+        "exec(sys.argv[1])\n"
+        "controller.communicator.finalize_run(None)\n"
+        "print('torch' in sys.modules)"
+    )
+    told = [
+        subprocess.run([sys.executable, "-c", code, first], capture_output=True, text=True, check=True).stdout
+        for first in ("pass", "controller.stop_controller(None)")
+    ]
+    assert told == ["True\n", "False\n"]

@@ -59,7 +59,7 @@ def test_the_torch_example_gives_the_same_bits_as_a_process_of_its_own() -> None
 @slow
 @quiet
 def test_the_lightning_example_learns_with_the_same_bits_in_both_modes() -> None:
-    one, two = (example("train_lightning.py", launch_external_process=mode) for mode in (False, True))
+    one, two = (example("train_lightning.py", sites=1, launch_external_process=mode) for mode in (False, True))
     assert bits(one) == bits(two)
     assert one.rounds[-1].evaluation["accuracy"] > 0.85 > one.rounds[1].fit["accuracy"]
 
@@ -67,7 +67,7 @@ def test_the_lightning_example_learns_with_the_same_bits_in_both_modes() -> None
 @slow
 @quiet
 def test_the_hugging_face_example_learns_with_the_same_bits_in_both_modes() -> None:
-    one, two = (example("train_hf.py", launch_external_process=mode) for mode in (False, True))
+    one, two = (example("train_hf.py", sites=1, launch_external_process=mode) for mode in (False, True))
     assert bits(one) == bits(two)
     assert one.rounds[-1].evaluation["eval_accuracy"] > 0.7 > one.rounds[1].fit["eval_accuracy"]
     assert one.rounds[-1].evaluation["loss"] == one.rounds[-1].evaluation["eval_loss"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import troubled_clients as clients
-from sfl.core.task import Status
 from sfl.env import FlareSimEnv, FlowerEnv, FlowerInFlareEnv, FlowerSimEnv, PocEnv, SimEnv
 from sfl.env.remote import RemoteEnv
 from sfl.errors import EngineError
@@ -23,20 +22,21 @@ from test_engines import nothing_left
 __all__ = ["nothing_left"]  # a fixture of every test here
 
 pytestmark = pytest.mark.timeout(600)
-ENVS: dict[str, Callable[..., Environment]] = {
-    "sim": partial(SimEnv, device="cpu"),
-    "flower": FlowerSimEnv,
-    "flower-deploy": FlowerEnv,
-    "nvflare": FlareSimEnv,
-    "nvflare-poc": PocEnv,
-    "flower-in-nvflare": FlowerInFlareEnv,
+ENVS: dict[str, tuple[Callable[..., Environment], int]] = {
+    "sim": (partial(SimEnv, device="cpu"), 6),
+    "flower": (FlowerSimEnv, 3),  # where every site costs a process of the engine's own, those that differ by engine
+    "flower-deploy": (FlowerEnv, 3),
+    "nvflare": (FlareSimEnv, 6),
+    "nvflare-poc": (PocEnv, 3),
+    "flower-in-nvflare": (FlowerInFlareEnv, 3),
 }
 
 
-def troubled(num_clients: int = 6) -> FedAvgRecipe:
+def troubled(num_clients: int, dies: int = 1) -> FedAvgRecipe:
     return FedAvgRecipe(
         name="troubled",
         client=clients.Troubled,
+        client_kwargs={"dies": dies},
         initial_parameters=clients.initial,
         evaluate_every=0,
         federation=FederationConfig(num_clients=num_clients, num_rounds=2, min_available_clients=1, round_timeout=30.0),
@@ -46,22 +46,23 @@ def troubled(num_clients: int = 6) -> FedAvgRecipe:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ENVS)
 def test_whatever_a_site_does_wrong_is_said_in_its_own_words_and_the_others_go_on(backend: str, tmp_path: Path) -> None:
-    env = ENVS[backend](num_threads=6)  # one that never answers keeps its worker
-    result = troubled().execute(env, out=tmp_path / "run")
+    env, count = ENVS[backend]
+    result = troubled(count).execute(env(num_threads=count), out=tmp_path / "run")  # who never answers keeps its worker
     first, second = ({site.site: site for site in r.sites} for r in result.rounds[1:])
-    assert first["site-1"].status is first["site-2"].status is Status.USED
+    assert "its process died" in first["site-1"].reason or "its worker process died" in first["site-1"].reason
     assert first["site-3"].reason == "site-3: RuntimeError: the scanner at this hospital is down"
     assert "troubled_clients.py" in first["site-3"].details
-    assert first["site-4"].reason == "site-4: 'w' must have shape (3, 4), got (2, 4)."
-    assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got list."
-    assert first["site-6"].reason == "site-6: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
-    assert [first[f"site-{n}"].status.value for n in (3, 4, 5, 6)] == ["failed", "rejected", "rejected", "failed"]
+    ended = [site.status.value for site in first.values()]
+    assert ended == ["failed", "used", "failed", "rejected", "rejected", "failed"][:count]
 
-    assert (second["site-1"].status, second["site-2"].status) == (Status.FAILED, Status.LATE)
-    assert "its process died" in second["site-1"].reason or "its worker process died" in second["site-1"].reason
+    ended = [site.status.value for site in second.values()]  # the site that died is there again
+    assert ended == ["used", "late", "used", "used", "used", "failed"][:count]
     assert second["site-2"].reason == "no reply within 30 s"
-    assert [second[f"site-{n}"].status.value for n in (3, 4, 5, 6)] == ["used", "used", "used", "failed"]
     assert result.state.round == 2
+    if count == 6:
+        assert first["site-4"].reason == "site-4: 'w' must have shape (3, 4), got (2, 4)."
+        assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got list."
+        assert first["site-6"].reason == "site-6: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
 
 
 FLOWER = "import sfl.engine.flower.deploy as engine, sfl.engine.flower.keys as keys"

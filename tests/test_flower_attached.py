@@ -103,7 +103,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 def job(rounds: int) -> FedAvgRecipe:
     federation = FederationConfig(num_clients=2, num_rounds=rounds, min_available_clients=2)
-    return replace(remembers(), federation=federation)
+    return replace(remembers(), federation=federation, evaluate_every=0)  # each message costs its site a process
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_a_training_script_travels_with_what_lies_beside_it(federation: Federati
 
 @pytest.mark.slow
 def test_a_large_model_comes_home_whole(federation: Federation, tmp_path: Path) -> None:
-    subject = replace(job(1), initial_parameters=clients.middling, evaluate_every=0)
+    subject = replace(job(1), initial_parameters=clients.middling)
     out = tmp_path / "run"
     there = subject.execute(federation.env(), out=out)
     assert there.parameters["w"].nbytes > 8 * PIECE

@@ -34,7 +34,7 @@ from sfl.recipe import FedAvgRecipe
 from sfl.server.app import sum_recipe
 from sfl.types import FederationConfig
 from test_engine_failures import troubled
-from test_engines import JOBS, assert_same, in_process, remembers
+from test_engines import assert_same, remembers
 
 pytestmark = pytest.mark.timeout(600)
 PROJECT = """
@@ -107,12 +107,6 @@ def test_a_job_gives_the_bits_of_the_simulation_and_comes_home(kits: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["proteins"])
-def test_other_jobs_give_the_bits_of_the_simulation(kits: Path, name: str) -> None:
-    assert_same(in_process(name), JOBS[name]().execute(ProdEnv(startup_kit=kits / "boss@example.org", device="cpu")))
-
-
-@pytest.mark.slow
 def test_a_model_that_the_server_cannot_read_opens_with_a_kits_key(kits: Path) -> None:
     federation = FederationConfig(num_clients=2, num_rounds=2, weighting="equal")
     plain = FedAvgRecipe(
@@ -131,7 +125,7 @@ def test_a_model_that_the_server_cannot_read_opens_with_a_kits_key(kits: Path) -
 @pytest.mark.slow
 def test_sites_that_die_or_never_answer_end_the_run_with_their_words(kits: Path) -> None:
     with pytest.raises(RoundError) as raised:
-        troubled(2).execute(ProdEnv(startup_kit=kits / "boss@example.org"))
+        troubled(2, dies=2).execute(ProdEnv(startup_kit=kits / "boss@example.org"))
     assert "round 2 must have at least 1 usable updates, got 0 of 2" in str(raised.value)
     assert "site-1: its process died" in str(raised.value)
     assert "site-2: no reply within 30 s" in str(raised.value)
@@ -199,9 +193,8 @@ def script_job(folder: Path, **options: Any) -> FedAvgRecipe:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("external", [True])
-def test_a_training_script_travels_with_what_lies_beside_it(kits: Path, tmp_path: Path, external: bool) -> None:
-    recipe = script_job(tmp_path, launch_external_process=external)
+def test_a_training_script_travels_with_what_lies_beside_it(kits: Path, tmp_path: Path) -> None:
+    recipe = script_job(tmp_path, launch_external_process=True)
     here = recipe.execute(SimEnv())
     there = recipe.execute(ProdEnv(startup_kit=kits / "boss@example.org"))
     assert here.parameters["w"].tobytes() == there.parameters["w"].tobytes()

@@ -21,11 +21,12 @@ def initial() -> Parameters:
 class Troubled(BaseFederatedClient):
     """What a site may do wrong, by its number: raise, answer in the wrong shape or kind, import what is not there.
 
-    Site 0 is killed at work in round two, and site 1 never answers there.
+    Site 0 is killed at work in round ``dies``, and site 1 never answers in round two.
     """
 
-    def __init__(self, client_id: int = 0, device: str = "cpu") -> None:
+    def __init__(self, client_id: int = 0, device: str = "cpu", *, dies: int = 1) -> None:
         super().__init__(client_id=client_id, device=device)
+        self.dies = dies
         if client_id == 5:
             import_module("a_module_that_is_not_there")
 
@@ -37,7 +38,7 @@ class Troubled(BaseFederatedClient):
             updated["w"] = updated["w"][:2]
         if config["round"] == 1 and self.client_id == 4:
             updated = {name: value.tolist() for name, value in updated.items()}
-        if config["round"] == 2 and self.client_id == 0:
+        if config["round"] == self.dies and self.client_id == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         if config["round"] == 2 and self.client_id == 1:
             time.sleep(3600)

@@ -13,6 +13,7 @@ from sfl.engine.nvflare.messages import OTHER, TASKS
 from sfl.engine.owner import KEY, PROOF, sign
 
 _POLL = 0.1  # seconds between two fetches of a task; FLARE's own is 2
+_START = 240  # seconds in which Flower and its nodes must have started; of 10, FLARE's own, a busy machine needs more
 CARRIED = "sfl"
 """Where a job that carries its launch holds it, inside its configuration."""
 ORDER = "order.json"
@@ -96,7 +97,11 @@ def write_flower_job(folder: Path, name: str, app: Path, sites: Sequence[str]) -
     controller = {
         "id": "flower",
         "path": f"{integration}.controller.FlowerController",
-        "args": {"superlink_ready_timeout": 60.0, "monitor_interval": 0.2, "job_status_check_interval": 0.5},
+        "args": {
+            **dict.fromkeys(("superlink_ready_timeout", "configure_task_timeout", "start_task_timeout"), _START),
+            "monitor_interval": 0.2,
+            "job_status_check_interval": 0.5,
+        },
     }
     executor = {"path": f"{integration}.executor.FlowerExecutor", "args": {"client_shutdown_timeout": 2.0}}
     config = job / "app" / "config"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -100,7 +102,7 @@ def options_of(cls: type) -> dict[str, Option]:
     """
     found: dict[str, Option] = {}
     for item in _init_fields(cls):
-        hint = get_type_hints(cls)[item.name]
+        hint = _hints(cls)[item.name]
         for option in (
             _section_options(item, hint)
             if isinstance(hint, type) and is_dataclass(hint)
@@ -124,7 +126,7 @@ def _section_options(section: Field[Any], hint: type) -> list[Option]:
 
 
 def _option(cls: type, item: Field[Any], section: str, default: object) -> Option:
-    annotation = get_type_hints(cls)[item.name]
+    annotation = _hints(cls)[item.name]
     for member in _members(annotation):
         if member not in _RULES and get_origin(member) is not Literal:
             raise ConfigError(
@@ -145,7 +147,13 @@ def _default(item: Field[Any]) -> object:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
-def _help(cls: type) -> dict[str, str]:
+@lru_cache(maxsize=64)  # asked for every field of a class
+def _hints(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls)
+
+
+@lru_cache(maxsize=64)
+def _help(cls: type) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, attributes = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:\n")
