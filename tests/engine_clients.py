@@ -64,8 +64,8 @@ def large() -> Parameters:
 
 
 def middling() -> Parameters:
-    """Many parts of what comes home through a log."""
-    return {"w": np.random.default_rng(1).normal(size=(1 << 20,))}
+    """One of them as large as many parts of what comes home through a log."""
+    return {**many_kinds(), "large": np.random.default_rng(1).normal(size=(1 << 20,))}
 
 
 class Dies(Remembers):

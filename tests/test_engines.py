@@ -50,7 +50,6 @@ from sfl.server.callbacks import EarlyStopping
 from sfl.types import FederationConfig
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "client_api"
-ENVS = [FlowerSimEnv, FlareSimEnv, FlowerEnv, PocEnv, FlowerInFlareEnv]
 Env = Callable[..., RemoteEnv]
 pytestmark = pytest.mark.timeout(600)
 
@@ -360,7 +359,7 @@ def temporary(process: psutil.Process) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", ENVS)
+@pytest.mark.parametrize("env", [FlowerSimEnv, FlareSimEnv, FlowerEnv, PocEnv])
 def test_nothing_outlives_a_driver_that_is_killed(env: Env, tmp_path: Path) -> None:
     script = tmp_path / "endless.py"
     script.write_text(

@@ -67,6 +67,17 @@ def test_slow_nodes_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(grid.asked) == 2
 
 
+def test_more_nodes_than_planned_and_fewer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "_HELLO_SECONDS", 0.05)
+    there = nodes.Nodes(SlowGrid(late=0.0))  # pyright: ignore[reportArgumentType] - what is used of a grid
+    assert there.await_any(2, wait=9.0) == ["site-1", "site-2"]
+    for planned in (1, 3):
+        with pytest.raises(
+            EngineError, match=f"num_clients={planned}, each with a name of its own, got 2: site-1, site"
+        ):
+            there.await_any(planned, wait=0.05)
+
+
 def test_nodes_that_do_not_answer_are_asked_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "_HELLO_SECONDS", 0.02)
     monkeypatch.setattr(nodes, "_PATIENT", 0.1)
