@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 WORKERS ?= 2
 # Much of the whole suite waits for engines that poll: more workers than cores keep the cores busy.
-TEST_WORKERS ?= 4
+TEST_WORKERS ?= 3
 # The newest Flower whose own pins can be installed; NVIDIA FLARE and what it pins are left out beside it.
 FLOWER := 1.41.0
 FLOWER_VENV := .venv-flower-latest

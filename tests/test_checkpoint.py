@@ -184,6 +184,29 @@ def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).load_latest(pytest.fail) is None
 
 
+def test_what_a_killed_process_has_half_written_is_gone_with_the_next_writing(tmp_path: Path) -> None:
+    left = tmp_path / "round-000001.safetensors.partial" / ".tmpA1b2C3"  # as safetensors names its own
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    Checkpoints(tmp_path).save(state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["round-000001.safetensors"]
+
+
+def test_nothing_half_written_lies_beside_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a process which is killed at any moment leaves nothing that is not removed by the next one."""
+    seen: list[str] = []
+    real = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append(" ".join(sorted(path.name for path in tmp_path.iterdir())))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    save_tree(tmp_path / "a", {"w": np.ones(3)}, secret=True)
+    assert seen == ["a.partial", "a"]
+    assert (tmp_path / "a").stat().st_mode & 0o77 == 0
+
+
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
 def test_a_crash_before_the_rename_leaves_the_old_one(
     two_rounds: Checkpoints, monkeypatch: pytest.MonkeyPatch, broken: str

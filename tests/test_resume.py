@@ -56,7 +56,7 @@ def left(out: Path) -> dict[str, Any]:
         for site in line["sites"]:
             del site["seconds"]
     rows = list(csv.reader((out / "metrics.csv").read_text().splitlines()))
-    checkpoints = {p.name: p.read_bytes() for p in sorted((out / "checkpoints").iterdir())}
+    checkpoints = {p.name: p.read_bytes() for p in sorted((out / "checkpoints").rglob("*")) if not p.is_dir()}
     sites = {str(p.relative_to(out)): p.read_bytes() for p in sorted((out / "sites").rglob("*.safetensors"))}
     return {
         "jsonl": lines,

@@ -43,9 +43,7 @@ class SecretStore:
         if self._path is None:
             self._kept = tree
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.with_name(self._path.name + ".partial").touch(mode=0o600)
-        save_tree(self._path, tree)
+        save_tree(self._path, tree, secret=True)
 
     def common(self, name: str, make: Callable[[], bytes]) -> bytes:
         """What all simulated sites have in common, beside their folders; made by whichever asks first.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,16 @@ from sfl.types import Array, StateTree
 FORMAT = "sfl-tree-1"
 
 
-def save_tree(path: Path, tree: StateTree) -> None:
+def save_tree(path: Path, tree: StateTree, *, secret: bool = False) -> None:
     """Write ``tree`` to ``path`` atomically.
+
+    What is half-written lies in a folder of its own beside ``path``, safetensors' own temporary file too: the next
+    writing of ``path`` removes what a process that was killed has left there.
 
     Args:
         path: The file; its folder is made if missing.
         tree: ``None``, bool, int, float, str, ndarray, or a dict (string keys) / list / tuple of those.
+        secret: Whether this user alone may read the file.
 
     Raises:
         CheckpointError: If the tree holds something else, or the disk refuses.
@@ -41,9 +46,15 @@ def save_tree(path: Path, tree: StateTree) -> None:
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"sfl": header})
-        sync(partial)
-        partial.replace(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(mode=0o700)
+        written = partial / path.name
+        if secret:
+            written.touch(mode=0o600)
+        save_file(tensors, written, metadata={"sfl": header})
+        sync(written)
+        written.replace(path)
+        partial.rmdir()
         sync(path.parent)
 
 
