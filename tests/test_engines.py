@@ -218,6 +218,8 @@ def in_process(job: str) -> RunResult:
         ("speeches", FlareSimEnv),
         ("large", FlareSimEnv),  # what is larger than a message may be travels in pieces
         ("hidden", FlowerEnv),
+        ("hidden", FlowerSimEnv),
+        ("hidden", FlareSimEnv),
     ],
 )
 def test_the_same_bits_and_figures_as_in_process(job: str, env: Env) -> None:
