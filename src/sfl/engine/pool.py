@@ -26,6 +26,7 @@ from sfl.engine.worker import Assignment, Command
 from sfl.engine.worker_process import Arrival, WorkerProcess
 from sfl.errors import ConfigError, EngineError
 from sfl.types import Parameters
+from sfl.utils.cache import keep_torch_in_cache
 
 Key: TypeAlias = tuple[int, str]  # a ticket and a site
 
@@ -205,7 +206,9 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
             "Put it into a module or a script file, or use one worker."
         )
     util.get_temp_dir()  # made before the workers, which are told of it and remove it if this process is killed
-    context.set_forkserver_preload([name for name in ("sfl.engine.worker", module) if name != "__main__"])
+    keep_torch_in_cache()  # the server is told of it by its environment
+    ahead = ("sfl.engine.worker", module, *getattr(program.client, "worker_imports", ()))
+    context.set_forkserver_preload([name for name in ahead if name != "__main__"])
     return context
 
 

@@ -12,3 +12,4 @@ class ESM2Client(WorkloadClient):
     """Trains the worker's one resident ESM2 on this site's proteins; arguments as of ``WorkloadClient``."""
 
     kind = ESM2Workload
+    worker_imports = ("transformers.models.esm.modeling_esm",)

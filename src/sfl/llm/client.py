@@ -12,3 +12,4 @@ class LLMClient(WorkloadClient):
     """Trains the worker's one resident language model, or adapters to it; arguments as of ``WorkloadClient``."""
 
     kind = LLMWorkload
+    worker_imports = ("transformers.models.gpt2.modeling_gpt2",)  # whatever the model, it is nearly all of it
