@@ -7,6 +7,8 @@ os.environ["UV_OFFLINE"] = "1"  # nothing is installed in the middle of a run
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import gc
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -57,10 +59,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneByOne(config, log)
 
 
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the collector need not look through it again during every test."""
+    gc.collect()
+    gc.freeze()
+
+
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ledgers of tests are none of the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    """Ledgers of tests are none of the user's. Who writes there makes the folder; most tests do not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))))
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import scripts
@@ -280,39 +281,57 @@ def test_of_several_processes_the_one_whose_error_came_first_is_heard() -> None:
     assert last_words([]) == []
 
 
+TORCHRUN = "torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0"
+RANKS = """
+import os
+import sys
+from pathlib import Path
+import torch.distributed as dist
+import sfl.client as flare
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+if sys.argv[1:]:
+    Path(sys.argv[1], str(rank)).write_text(str(os.getpid()))
+    dist.barrier()
+flare.init(rank=rank)
+while True:
+    box = [None]
+    if rank == 0:
+        box = [flare.receive().params if flare.is_running() else None]
+    dist.broadcast_object_list(box, src=0)
+    if box[0] is None:
+        break
+    w = box[0]["w"] + rank
+    if sys.argv[1:] and rank == 1:
+        raise ValueError("no data on rank 1")
+    dist.all_reduce(w)
+    flare.send(flare.FLModel(params={"w": w}, metrics={"loss": 0.0}))
+dist.destroy_process_group()
+"""
+
+
 @pytest.mark.slow
 def test_several_processes_of_torchrun_train_as_one_site(tmp_path: Path) -> None:
-    text = """
-    import os
-    import torch
-    import torch.distributed as dist
-    import sfl.client as flare
-
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    flare.init(rank=rank)
-    while True:
-        box = [None]
-        if rank == 0:
-            box = [flare.receive().params if flare.is_running() else None]
-        dist.broadcast_object_list(box, src=0)
-        if box[0] is None:
-            break
-        w = box[0]["w"] + rank
-        dist.all_reduce(w)
-        flare.send(flare.FLModel(params={"w": w}, metrics={"loss": 0.0}))
-    dist.destroy_process_group()
-    """
-    import torch
-
     result = run(
-        write(tmp_path, text),
+        write(tmp_path, RANKS),
         model={"w": np.ones(2)},
         sites=1,
         server_expected_format="pytorch",
         launch_external_process=True,
-        command="torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0",
+        command=TORCHRUN,
     )
-    assert torch.__version__
     assert scripts.said(result) == []
     assert result.parameters["w"].tolist() == [7.0, 7.0]  # 1 -> (1 + 2) = 3 -> (3 + 4) = 7
+
+
+@pytest.mark.slow
+def test_one_rank_that_fails_ends_them_all_and_the_site_says_so(tmp_path: Path) -> None:
+    script = write(tmp_path, RANKS)
+    subject = site(script, external=True, command=TORCHRUN, args=(str(tmp_path),), params_format="pytorch")
+    reply = fit(subject, parameters={"w": np.ones(2)})
+    assert reply.status is Status.FAILED
+    assert reply.reason == (
+        "site-1: ScriptError: train.py must run without an error, got exit code 1: ValueError: no data on rank 1."
+    )
+    assert not any(psutil.pid_exists(int((tmp_path / str(rank)).read_text())) for rank in range(2))

@@ -51,7 +51,7 @@ def test_both_helpers_refuse_what_is_no_trainer_of_theirs() -> None:
 
 @slow
 def test_the_torch_example_gives_the_same_bits_as_a_process_of_its_own() -> None:
-    one, two = (example("train_torch.py", prefix="", launch_external_process=mode) for mode in (False, True))
+    one, two = (example("train_torch.py", prefix="", sites=1, launch_external_process=mode) for mode in (False, True))
     assert bits(one) == bits(two)
     assert one.rounds[-1].evaluation["accuracy"] > 0.85 > one.rounds[1].fit["accuracy"]
 
@@ -163,20 +163,17 @@ SIZES = {
     "eos_token_id": 0,
 }
 RANKS = """
-import os
 import sys
 from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 import sfl.client.huggingface as flare
 
-folder, fails = Path(sys.argv[1]), sys.argv[2:] == ["fails"]
+folder = Path(sys.argv[1])
 
 class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         said.append(("train", digest(model)))
-        if fails and args.process_index == 1:
-            raise ValueError("no data on rank 1")
 
 def digest(model):
     return hash(b"".join(value.detach().numpy().tobytes() for value in model.state_dict().values()))
@@ -185,7 +182,6 @@ said = []
 options = TrainingArguments(output_dir=str(folder / "made"), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
     ddp_backend="gloo", report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=0.01)
 rank = options.process_index
-(folder / f"pid-{rank}").write_text(str(os.getpid()))
 torch.manual_seed(rank)
 model = GPT2LMHeadModel(GPT2Config(**SIZES))
 rows = [{"input_ids": torch.arange(n, n + 8) % 16, "labels": torch.arange(n, n + 8) % 16} for n in range(12)]
@@ -332,18 +328,3 @@ def test_hugging_face_on_several_ranks_trains_one_model_and_all_of_them_end(
     states = [entry[-1] for entry in told]
     assert states[0] == states[1] != states[2]
     assert states[3] == states[4] != states[5]
-
-
-@slow
-def test_one_rank_that_fails_ends_them_all_and_the_site_says_so(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    start = {name: value.numpy() for name, value in GPT2LMHeadModel(GPT2Config(**SIZES)).state_dict().items()}
-    script = write(tmp_path, RANKS)
-    subject = scripts.site(script, external=True, command=TORCHRUN, args=(str(tmp_path), "fails"))
-    reply = scripts.fit(subject, parameters=start)
-    assert reply.status is Status.FAILED
-    assert reply.reason == (
-        "site-1: ScriptError: train.py must run without an error, got exit code 1: ValueError: no data on rank 1."
-    )
-    assert not any(psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text())) for rank in range(2))

@@ -21,7 +21,9 @@ from test_provisioned import remove_storage
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "DEPLOYMENT.md"
-QUICK = {"SFL_NUM_ROUNDS": "1", "SFL_LOCAL_STEPS": "1", "SFL_EVAL_PROTEINS": "2", "SFL_FORMAT": "simple"}
+QUICK = {
+    "SFL_NUM_ROUNDS": "1", "SFL_LOCAL_STEPS": "1", "SFL_EVAL_PROTEINS": "2", "SFL_WORKERS": "1", "SFL_FORMAT": "simple"
+}  # fmt: skip
 """A shorter job than the page's; the commands stay as they are."""
 
 

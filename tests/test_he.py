@@ -19,7 +19,6 @@ import clients
 from secure_sites import played
 from sfl import FederationConfig, SimEnv
 from sfl.cli import main
-from sfl.cli.applications import APPLICATIONS, resolve_job
 from sfl.client.callbacks import TrimSiteMemory
 from sfl.core.aggregator import Sum
 from sfl.core.events import Notice, SiteFinished
@@ -859,29 +858,3 @@ def test_a_servers_name_and_odd_ones_get_no_keys(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert main(["he", "keys", "a", "--out", str(tmp_path / "file")]) == 2
     assert not (tmp_path / "keys").exists()
-
-
-# an application
-
-
-@pytest.mark.slow
-def test_an_applications_model_is_written_where_a_key_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, key = tmp_path / "run", tmp_path / "run" / "sites" / "simulated_4096.tenseal"
-    tiny = ["--num-rounds", "1", "--local-steps", "1", "--batch-size", "2", "--block-size", "32", "--workers", "1"]
-    assert main(["run", "llm", "--he", *tiny, "--eval-documents", "2", "--out", str(run)]) == 0
-    assert "a site's key that is here has opened it" in capsys.readouterr().out
-    made = (run / "model" / "adapter_model.safetensors").read_bytes()
-    kept = tmp_path / CLIENT_CONTEXT
-    key.rename(kept)
-    (run / "model" / "adapter_model.safetensors").unlink()
-    assert main(["he", "open", str(run)]) == 2
-    assert "must be opened with a site's" in capsys.readouterr().err
-    assert main(["he", "open", str(run), "--context", str(kept)]) == 0
-    assert (run / "model" / "adapter_model.safetensors").read_bytes() == made
-    application = APPLICATIONS["llm"].load()
-    state = Checkpoints(RunFolder(run).checkpoints).load_latest(lambda text: None)
-    assert state is not None
-    said: list[str] = []
-    config = resolve_job("llm", None, run, {}).config
-    application.export(config, state.parameters, RunFolder(run), said.append)
-    assert said == [f"the model is sealed; who has a site's key opens it: sfl he open {run} --context FILE"]

@@ -14,17 +14,21 @@ import torch
 
 from llm_models import save_tiny
 from sfl.cli import main
+from sfl.cli.applications import APPLICATIONS, resolve_job
 from sfl.core.events import RoundFinished
 from sfl.core.terms import LocalTerms
 from sfl.env import SimEnv
 from sfl.errors import CompositionError, ConfigError, ModelError
+from sfl.io.checkpoint import Checkpoints
 from sfl.io.metrics import read_rounds
+from sfl.io.run_folder import RunFolder
 from sfl.llm.client import LLMClient
 from sfl.llm.config import LLMClientConfig, LLMRunConfig
 from sfl.llm.model import find_model
 from sfl.llm.server import llm_recipe
 from sfl.llm.tokens import TokenBatch
 from sfl.privacy.config import PrivacyConfig
+from sfl.privacy.he.contexts import CLIENT_CONTEXT
 from sfl.server.config import AlgorithmConfig
 from sfl.server.robust.config import AggregationConfig
 from sfl.server.session import RunResult
@@ -192,7 +196,8 @@ def test_a_run_of_adapters_is_audited_as_it_was(
 ) -> None:
     run = tmp_path / "run"
     options = ["--model", str(tiny), "--data", str(letters), "--block-size", "32", "--local-steps", "1"]
-    assert main(["run", "llm", *options, *client, *privacy, "--num-rounds", "1", "--out", str(run)]) == 0
+    options += ["--num-rounds", "1", "--workers", "1"]
+    assert main(["run", "llm", *options, *client, *privacy, "--out", str(run)]) == 0
     trained: list[list[str]] = []
     check = PrivateTraining[TokenBatch].example_norms
 
@@ -204,6 +209,32 @@ def test_a_run_of_adapters_is_audited_as_it_was(
     assert main(["audit", str(run), "--canaries", "20"]) == 0
     assert all("lora_B" in name for names in trained for name in names)
     assert bool(trained) == (privacy == ["--dpsgd"])
+
+
+@pytest.mark.slow
+def test_an_encrypted_model_is_written_where_a_key_is(
+    tiny: Path, letters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, key = tmp_path / "run", tmp_path / "run" / "sites" / "simulated_4096.tenseal"
+    options = ["--model", str(tiny), "--data", str(letters), "--block-size", "32", "--eval-documents", "2"]
+    options += ["--num-rounds", "1", "--local-steps", "1", "--batch-size", "2", "--workers", "1"]
+    assert main(["run", "llm", "--he", *options, "--out", str(run)]) == 0
+    assert "a site's key that is here has opened it" in capsys.readouterr().out
+    made = (run / "model" / "adapter_model.safetensors").read_bytes()
+    kept = tmp_path / CLIENT_CONTEXT
+    key.rename(kept)
+    (run / "model" / "adapter_model.safetensors").unlink()
+    assert main(["he", "open", str(run)]) == 2
+    assert "must be opened with a site's" in capsys.readouterr().err
+    assert main(["he", "open", str(run), "--context", str(kept)]) == 0
+    assert (run / "model" / "adapter_model.safetensors").read_bytes() == made
+    application = APPLICATIONS["llm"].load()
+    state = Checkpoints(RunFolder(run).checkpoints).load_latest(lambda text: None)
+    assert state is not None
+    said: list[str] = []
+    config = resolve_job("llm", None, run, {}).config
+    application.export(config, state.parameters, RunFolder(run), said.append)
+    assert said == [f"the model is sealed; who has a site's key opens it: sfl he open {run} --context FILE"]
 
 
 def test_what_does_not_fit_is_refused_before_the_run(tiny: Path, letters: Path) -> None:
