@@ -24,16 +24,21 @@ settings.register_profile("sfl", deadline=None, max_examples=50, derandomize=boo
 settings.load_profile("sfl")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that workers end together; in their order otherwise."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-TOGETHER = ("test_flower_attached.py", "test_poc.py", "test_provisioned.py")
+TOGETHER = ("test_provisioned.py", "test_flower_attached.py", "test_poc.py")
 """Modules whose tests share a federation that takes long to start: one worker runs each."""
 
-WAITING = (*TOGETHER, "test_deployment.py", "test_engine_failures.py")
-"""Modules that wait most of their time, for time-outs and for engines that poll."""
+WAITING = ("test_deployment.py", *TOGETHER, "test_engine_failures.py")
+"""Modules that wait most of their time, for time-outs and for engines that poll; what takes longest comes first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, and of them those that wait, so that workers end together; in their order otherwise."""
+
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        place = WAITING.index(item.path.name) if item.path.name in WAITING else len(WAITING)
+        return item.get_closest_marker("slow") is None, place
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,6 +61,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 self.workqueue.move_to_end(scope, last=False)
             super()._assign_work_unit(node)
 
+        def _reschedule(self, node: Any) -> None:
+            if self._pending_of(self.assigned_work[node]) < 2:  # what runs, and what comes next: no long test lies idle
+                super()._reschedule(node)
+
+    config.option.loadscopereorder = False
     return OneByOne(config, log)
 
 

@@ -43,28 +43,6 @@ def troubled(num_clients: int, dies: int = 1) -> FedAvgRecipe:
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ENVS)
-def test_whatever_a_site_does_wrong_is_said_in_its_own_words_and_the_others_go_on(backend: str, tmp_path: Path) -> None:
-    env, count = ENVS[backend]
-    result = troubled(count).execute(env(num_threads=count), out=tmp_path / "run")  # who never answers keeps its worker
-    first, second = ({site.site: site for site in r.sites} for r in result.rounds[1:])
-    assert "its process died" in first["site-1"].reason or "its worker process died" in first["site-1"].reason
-    assert first["site-3"].reason == "site-3: RuntimeError: the scanner at this hospital is down"
-    assert "troubled_clients.py" in first["site-3"].details
-    ended = [site.status.value for site in first.values()]
-    assert ended == ["failed", "used", "failed", "rejected", "rejected", "failed"][:count]
-
-    ended = [site.status.value for site in second.values()]  # the site that died is there again
-    assert ended == ["used", "late", "used", "used", "used", "failed"][:count]
-    assert second["site-2"].reason == "no reply within 30 s"
-    assert result.state.round == 2
-    if count == 6:
-        assert first["site-4"].reason == "site-4: 'w' must have shape (3, 4), got (2, 4)."
-        assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got list."
-        assert first["site-6"].reason == "site-6: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
-
-
 FLOWER = "import sfl.engine.flower.deploy as engine, sfl.engine.flower.keys as keys"
 FLARE = "import sfl.engine.nvflare.poc as engine; from nvflare.lighter.impl.cert import CertBuilder"
 RUN = "from pathlib import Path; from sfl.engine.launch import Launch; sys.exit(engine.run(Launch(Path(sys.argv[1]))))"
@@ -101,3 +79,25 @@ def test_a_port_that_is_taken_and_a_certificate_that_has_expired_end_the_run(
             troubled(2).execute(env(), out=tmp_path / "run")
     assert time.monotonic() - started < 240
     assert str(tmp_path / "run" / "logs" / "engine.log") in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ENVS)
+def test_whatever_a_site_does_wrong_is_said_in_its_own_words_and_the_others_go_on(backend: str, tmp_path: Path) -> None:
+    env, count = ENVS[backend]
+    result = troubled(count).execute(env(num_threads=count), out=tmp_path / "run")  # who never answers keeps its worker
+    first, second = ({site.site: site for site in r.sites} for r in result.rounds[1:])
+    assert "its process died" in first["site-1"].reason or "its worker process died" in first["site-1"].reason
+    assert first["site-3"].reason == "site-3: RuntimeError: the scanner at this hospital is down"
+    assert "troubled_clients.py" in first["site-3"].details
+    ended = [site.status.value for site in first.values()]
+    assert ended == ["failed", "used", "failed", "rejected", "rejected", "failed"][:count]
+
+    ended = [site.status.value for site in second.values()]  # the site that died is there again
+    assert ended == ["used", "late", "used", "used", "used", "failed"][:count]
+    assert second["site-2"].reason == "no reply within 30 s"
+    assert result.state.round == 2
+    if count == 6:
+        assert first["site-4"].reason == "site-4: 'w' must have shape (3, 4), got (2, 4)."
+        assert first["site-5"].reason == "site-5: 'w' must be a numpy array, got list."
+        assert first["site-6"].reason == "site-6: ModuleNotFoundError: No module named 'a_module_that_is_not_there'"
