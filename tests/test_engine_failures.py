@@ -44,7 +44,10 @@ def troubled(num_clients: int, dies: int = 1) -> FedAvgRecipe:
 
 
 FLOWER = "import sfl.engine.flower.deploy as engine, sfl.engine.flower.keys as keys"
-FLARE = "import sfl.engine.nvflare.poc as engine; from nvflare.lighter.impl.cert import CertBuilder"
+FLARE = (
+    "import sfl.engine.nvflare.poc as engine; from nvflare.lighter.impl.cert import CertBuilder; "
+    "import sfl.engine.nvflare.submit as submit; submit._START = 25.0"
+)
 RUN = "from pathlib import Path; from sfl.engine.launch import Launch; sys.exit(engine.run(Launch(Path(sys.argv[1]))))"
 ALL_TAKEN = "engine.free_ports = lambda count: [int(sys.argv[2])] * count"
 EXPIRED_FLOWER = "from datetime import timedelta; keys._VALID = timedelta(minutes=-1)"
