@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests go to whichever worker is free, one by one; half of the workers begin with those that wait, the others with
-    those that compute, so that the cores have work while tests wait.
+    """Tests go to whichever worker is free, one by one. One worker begins with those that compute, the others with those
+    that wait: so the cores have work while tests wait, and what is left at the end is short.
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return str(module) if module.name in TOGETHER else nodeid
 
         def _assign_work_unit(self, node: Any) -> None:
-            waits = self.nodes.index(node) < len(self.nodes) // 2
+            waits = node is not self.nodes[-1]
             mine = (scope for scope in self.workqueue if (Path(scope.partition("::")[0]).name in WAITING) is waits)
             scope = next(mine, None)
             if scope is not None:
