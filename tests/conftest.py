@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests go to whichever worker is free, one by one. One worker begins with those that compute, the others with those
-    that wait: so the cores have work while tests wait, and what is left at the end is short.
+    """Tests go to whichever worker is free, one by one. One worker begins with those that compute, the others with
+    those that wait: so the cores have work while tests wait, and what is left at the end is short.
     """
     from xdist.scheduler import LoadScopeScheduling
 
