@@ -17,6 +17,7 @@ import pytest
 import engine_clients as clients
 from sfl.client.site import SiteProgram
 from sfl.core.task import Status, Task
+from sfl.engine import site_process
 from sfl.engine.host import HostSettings, SiteHost
 from sfl.engine.launch import Launch
 from sfl.engine.nvflare.carried import given_launch
@@ -57,6 +58,8 @@ def keeper() -> int:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         yield process.pid
         process.kill()
+    for started in site_process._started:  # each sees within half a second that its keeper is gone
+        started.wait(30)
 
 
 @pytest.mark.slow
