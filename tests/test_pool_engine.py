@@ -268,6 +268,18 @@ def test_what_every_site_imports_is_imported_once_before_the_workers_fork(tmp_pa
     assert len({imported for imported, _, _ in seen}) == 1
     assert len({process for line in seen for process in line}) == 4  # the server that forks, two workers, the driver
 
+    (tmp_path / "takes_long.py").write_text("raise OSError('no such device')\n")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "OSError: no such device" in done.stderr
+    assert "EngineError: the process from which workers fork must start, and it has ended" in done.stderr
+
+
+def test_what_is_no_tuple_of_modules_is_no_workers_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("torch", (1,)):
+        monkeypatch.setattr(clients.MyClient, "worker_imports", wrong)
+        with pytest.raises(ConfigError, match="worker_imports must be a tuple of names of modules, got"):
+            pool(clients.MyClient)
+
 
 # Nothing is left
 

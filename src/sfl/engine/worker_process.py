@@ -15,7 +15,7 @@ from typing import Any
 from sfl.core.task import Reply, Status
 from sfl.engine.shared import Published, leave, open_anonymous
 from sfl.engine.worker import Answer, Assignment, Command, Memory, main
-from sfl.errors import ConfigError
+from sfl.errors import ConfigError, EngineError
 from sfl.train.devices import thread_environment
 
 _AHEAD = 2  # tasks a worker is handed at a time: the next is there when one is done
@@ -73,6 +73,11 @@ class WorkerProcess:
             raise ConfigError(
                 f"client and client_kwargs must be fit to hand to a worker process, got: {error}. "
                 "Use a class or function of an importable module and plain arguments, or workers=1."
+            ) from error
+        except EOFError as error:
+            raise EngineError(
+                "the process from which workers fork must start, and it has ended: a module that it imports ahead, the "
+                "client's own or one of its worker_imports, must have failed. What it said stands before this."
             ) from error
         finally:
             for end in (theirs, answers, frees):
