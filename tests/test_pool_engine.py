@@ -254,22 +254,32 @@ class Mine(clients.Base):
 if __name__ == "__main__":
     result = FedAvgRecipe(name="t", client=Mine, initial_parameters={"w": np.zeros(2)}).execute(SimEnv(num_threads=2))
     for site in result.rounds[1].sites:
-        print(site.metrics["imported"], site.metrics["here"], os.getpid())
+        if site.stage == "fit":
+            print(site.metrics["imported"], site.metrics["here"], os.getpid())
 """
 
 
-def test_what_every_site_imports_is_imported_once_before_the_workers_fork(tmp_path: Path) -> None:
-    (tmp_path / "takes_long.py").write_text("import os\nPROCESS = os.getpid()\n")
-    (tmp_path / "script.py").write_text(AHEAD)
+def ahead(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
+    """What comes of a run whose workers import this module ahead."""
+    (folder / "takes_long.py").write_text(module)
+    (folder / "script.py").write_text(AHEAD)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    command = [sys.executable, "script.py"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_what_every_site_imports_is_imported_once_before_the_workers_fork(tmp_path: Path) -> None:
+    done = ahead(tmp_path, "import os\nPROCESS = os.getpid()\n")
+    assert done.returncode == 0, done.stderr
     seen = [line.split() for line in done.stdout.splitlines()]
-    assert len(seen) == 2, done.stderr
+    assert len(seen) == 2
     assert len({imported for imported, _, _ in seen}) == 1
     assert len({process for line in seen for process in line}) == 4  # the server that forks, two workers, the driver
 
-    (tmp_path / "takes_long.py").write_text("raise OSError('no such device')\n")
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+def test_a_module_that_fails_as_it_is_imported_ahead_is_said(tmp_path: Path) -> None:
+    done = ahead(tmp_path, "raise OSError('no such device')\n")
+    assert done.returncode == 1
     assert "OSError: no such device" in done.stderr
     assert "EngineError: the process from which workers fork must start, and it has ended" in done.stderr
 
