@@ -11,6 +11,7 @@ import gc
 import itertools
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    @cache
+    def waits(scope: str) -> bool:
+        return Path(scope.partition("::")[0]).name in WAITING
+
     class OneByOne(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = Path(nodeid.partition("::")[0])
             return str(module) if module.name in TOGETHER else nodeid
 
         def _assign_work_unit(self, node: Any) -> None:
-            waits = node is not self.nodes[-1]
-            mine = (scope for scope in self.workqueue if (Path(scope.partition("::")[0]).name in WAITING) is waits)
-            scope = next(mine, None)
+            wanted = node is not self.nodes[-1]
+            scope = next((scope for scope in self.workqueue if waits(scope) is wanted), None)
             if scope is not None:
                 self.workqueue.move_to_end(scope, last=False)
             super()._assign_work_unit(node)

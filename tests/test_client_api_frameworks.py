@@ -163,6 +163,7 @@ SIZES = {
     "eos_token_id": 0,
 }
 RANKS = """
+import os
 import sys
 from pathlib import Path
 import torch
@@ -182,6 +183,7 @@ said = []
 options = TrainingArguments(output_dir=str(folder / "made"), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
     ddp_backend="gloo", report_to="none", save_strategy="no", disable_tqdm=True, learning_rate=0.01)
 rank = options.process_index
+(folder / f"pid-{rank}").write_text(str(os.getpid()))
 torch.manual_seed(rank)
 model = GPT2LMHeadModel(GPT2Config(**SIZES))
 rows = [{"input_ids": torch.arange(n, n + 8) % 16, "labels": torch.arange(n, n + 8) % 16} for n in range(12)]
@@ -318,6 +320,7 @@ def test_hugging_face_on_several_ranks_trains_one_model_and_all_of_them_end(
     assert all(np.isfinite(value).all() for value in result.parameters.values())
     assert [entry.sites[0].num_examples for entry in result.rounds[1:]] == [3.0, 3.0]
     assert result.rounds[-1].evaluation["loss"] < result.rounds[1].fit["loss"]
+    assert not any(psutil.pid_exists(int((tmp_path / f"pid-{rank}").read_text())) for rank in range(2))
     zero, one = ((tmp_path / f"said-{rank}").read_text() for rank in range(2))
     assert zero == one
     told = ast.literal_eval(zero)

@@ -8,7 +8,9 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -239,6 +241,7 @@ def test_a_client_of_an_interactive_session_is_a_clear_error(argv: list[str], wo
 
 AHEAD = """
 import os
+import sys
 import numpy as np
 import clients
 from sfl.env import SimEnv
@@ -247,24 +250,29 @@ from sfl.recipe import FedAvgRecipe
 class Mine(clients.Base):
     worker_imports = ("takes_long", "a_module_that_is_not_there")
 
+    def __init__(self, client_id=0, device="cpu", *, large=b""):
+        super().__init__(client_id=client_id, device=device)
+
     def compute_update(self, parameters, config):
         import takes_long
         return parameters, 1, {"imported": takes_long.PROCESS, "here": os.getpid()}
 
 if __name__ == "__main__":
-    result = FedAvgRecipe(name="t", client=Mine, initial_parameters={"w": np.zeros(2)}).execute(SimEnv(num_threads=2))
+    kwargs = {"large": bytes(int(sys.argv[1]))}
+    recipe = FedAvgRecipe(name="t", client=Mine, client_kwargs=kwargs, initial_parameters={"w": np.zeros(2)})
+    result = recipe.execute(SimEnv(num_threads=2))
     for site in result.rounds[1].sites:
         if site.stage == "fit":
             print(site.metrics["imported"], site.metrics["here"], os.getpid())
 """
 
 
-def ahead(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
+def ahead(folder: Path, module: str, size: int = 0) -> subprocess.CompletedProcess[str]:
     """What comes of a run whose workers import this module ahead."""
     (folder / "takes_long.py").write_text(module)
     (folder / "script.py").write_text(AHEAD)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "script.py"]
+    command = [sys.executable, "script.py", str(size)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
@@ -277,15 +285,23 @@ def test_what_every_site_imports_is_imported_once_before_the_workers_fork(tmp_pa
     assert len({process for line in seen for process in line}) == 4  # the server that forks, two workers, the driver
 
 
-def test_a_module_that_fails_as_it_is_imported_ahead_is_said(tmp_path: Path) -> None:
-    done = ahead(tmp_path, "raise OSError('no such device')\n")
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["", "more than a pipe holds"])
+def test_a_module_that_fails_as_it_is_imported_ahead_is_said(size: int, tmp_path: Path) -> None:
+    done = ahead(tmp_path, "raise OSError('no such device')\n", size)
     assert done.returncode == 1
     assert "OSError: no such device" in done.stderr
-    assert "EngineError: the process from which workers fork must start, and it has ended" in done.stderr
+    assert "EngineError: the process from which workers fork must live, and it has ended" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["sfl.esm2.client.ESM2Client", "sfl.llm.client.LLMClient"])
+def test_what_applications_import_ahead_is_there(name: str) -> None:
+    client = resolve_name(name)
+    assert client.worker_imports
+    assert all(find_spec(module) for module in client.worker_imports)
 
 
 def test_what_is_no_tuple_of_modules_is_no_workers_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ("torch", (1,)):
+    for wrong in ("torch", (1,), None):
         monkeypatch.setattr(clients.MyClient, "worker_imports", wrong)
         with pytest.raises(ConfigError, match="worker_imports must be a tuple of names of modules, got"):
             pool(clients.MyClient)

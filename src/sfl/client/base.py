@@ -38,8 +38,9 @@ class BaseFederatedClient(ABC):
         lends_arrays: Whether the arrays that ``compute_update`` returns may be overwritten by the caller. A client
             that trains a resident model sets it, and spares one copy of the model; no two of the arrays may then
             share memory.
-        worker_imports: Modules that take long to import and that every site will use. Where sites are spread over
-            worker processes, they are imported once, before the workers fork. Importing one must start no thread.
+        worker_imports: A tuple of modules that take long to import and that every site will use. Where sites are
+            spread over worker processes, they are imported once, before the workers fork (for the first job of a
+            process). Importing one must start no thread of Python's and touch no GPU.
     """
 
     lends_arrays: ClassVar[bool] = False

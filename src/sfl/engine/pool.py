@@ -206,10 +206,11 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
             "Put it into a module or a script file, or use one worker."
         )
     util.get_temp_dir()  # made before the workers, which are told of it and remove it if this process is killed
-    keep_torch_in_cache()  # the server is told of it by its environment
     ahead = getattr(program.client, "worker_imports", ())
-    if isinstance(ahead, str) or not all(isinstance(name, str) for name in ahead):
+    if not isinstance(ahead, tuple) or not all(isinstance(name, str) for name in ahead):
         raise ConfigError(f"worker_imports must be a tuple of names of modules, got {ahead!r}.")
+    if ahead:
+        keep_torch_in_cache()  # the server is told of it by its environment
     context.set_forkserver_preload([name for name in ("sfl.engine.worker", module, *ahead) if name != "__main__"])
     return context
 

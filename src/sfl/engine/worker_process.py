@@ -74,10 +74,11 @@ class WorkerProcess:
                 f"client and client_kwargs must be fit to hand to a worker process, got: {error}. "
                 "Use a class or function of an importable module and plain arguments, or workers=1."
             ) from error
-        except EOFError as error:
+        except (EOFError, ConnectionError) as error:
             raise EngineError(
-                "the process from which workers fork must start, and it has ended: a module that it imports ahead, the "
-                "client's own or one of its worker_imports, must have failed. What it said stands before this."
+                "the process from which workers fork must live, and it has ended. If it said something, that stands "
+                "before this: a module that it imports ahead, the client's own or one of its worker_imports, may fail. "
+                "Else the machine may have no memory left for it."
             ) from error
         finally:
             for end in (theirs, answers, frees):
