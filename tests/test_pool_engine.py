@@ -370,20 +370,24 @@ if __name__ == "__main__":
     assert [r.status for r in engine.exchange(task, engine.clients())] == ["used", "used"]
     engine.send(Task(FIT, 2, {"w": np.zeros(1000)}), engine.clients())
     import multiprocessing
-    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    pids = [process.pid for process in multiprocessing.active_children()]
+    if sys.argv[1:]:
+        engine.close()
+    print(*pids, flush=True)
     time.sleep(60)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_parent_killed_outright_leaves_no_worker_and_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", [[], ["closed"]], ids=["at work", "after its run"])
+def test_a_parent_killed_outright_leaves_no_worker_and_no_file(when: list[str], tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     shared = Path("/dev/shm")
     before = set(shared.iterdir()) if shared.is_dir() else set()
     temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))  # short: a socket lies in it
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(temporary)}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as parent:
+    with subprocess.Popen([sys.executable, str(script), *when], stdout=subprocess.PIPE, text=True, env=env) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert list(temporary.iterdir())

@@ -211,7 +211,8 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
         raise ConfigError(f"worker_imports must be a tuple of names of modules, got {ahead!r}.")
     if ahead:
         keep_torch_in_cache()  # the server is told of it by its environment
-    context.set_forkserver_preload([name for name in ("sfl.engine.worker", module, *ahead) if name != "__main__"])
+    modules = ("sfl.engine.worker", module, *ahead, "sfl.engine.fork_server")
+    context.set_forkserver_preload([name for name in modules if name != "__main__"])
     return context
 
 

@@ -13,6 +13,7 @@ from pickle import PicklingError
 from typing import Any
 
 from sfl.core.task import Reply, Status
+from sfl.engine import fork_server
 from sfl.engine.shared import Published, leave, open_anonymous
 from sfl.engine.worker import Answer, Assignment, Command, Memory, main
 from sfl.errors import ConfigError, EngineError
@@ -67,7 +68,7 @@ class WorkerProcess:
             target=main, args=(theirs, answers, frees, assignment), daemon=True, name="sfl-worker"
         )
         try:
-            with thread_environment(assignment.threads):
+            with thread_environment(assignment.threads), fork_server.told():
                 self._process.start()
         except (PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
