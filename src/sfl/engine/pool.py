@@ -205,7 +205,7 @@ def _context(program: SiteProgram) -> ForkServerContext | SpawnContext:
             "client must be importable by a worker process, got one that is defined in an interactive session. "
             "Put it into a module or a script file, or use one worker."
         )
-    util.get_temp_dir()  # made before the workers, which are told of it and remove it if this process is killed
+    util.get_temp_dir()  # before any worker's Process is made, which copies its name: else each makes one of its own
     ahead = getattr(program.client, "worker_imports", ())
     if not isinstance(ahead, tuple) or not all(isinstance(name, str) for name in ahead):
         raise ConfigError(f"worker_imports must be a tuple of names of modules, got {ahead!r}.")
